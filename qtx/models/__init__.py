@@ -1,0 +1,6 @@
+"""Model families and their checkpoints."""
+
+from qtx.models.checkpoints import Pretrained, load, locate, save
+from qtx.models.families import FAMILIES, Family, get_family
+
+__all__ = ["FAMILIES", "Family", "Pretrained", "get_family", "load", "locate", "save"]

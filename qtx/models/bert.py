@@ -1,0 +1,73 @@
+"""BERT checkpoints: Hugging Face names and configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qtx.errors import UserError, near_misses
+from qtx.nn.bert import ACTIVATIONS, BertConfig
+
+MODULES = {
+    "bert.embeddings.word_embeddings": "encoder/embeddings/word",
+    "bert.embeddings.position_embeddings": "encoder/embeddings/position",
+    "bert.embeddings.token_type_embeddings": "encoder/embeddings/token_type",
+    "bert.embeddings.LayerNorm": "encoder/embeddings/norm",
+    "bert.encoder.layer.{i}.attention.self.query": "encoder/layer_{i}/attention/query",
+    "bert.encoder.layer.{i}.attention.self.key": "encoder/layer_{i}/attention/key",
+    "bert.encoder.layer.{i}.attention.self.value": "encoder/layer_{i}/attention/value",
+    "bert.encoder.layer.{i}.attention.output.dense": "encoder/layer_{i}/attention/out",
+    "bert.encoder.layer.{i}.attention.output.LayerNorm": "encoder/layer_{i}/attention/norm",
+    "bert.encoder.layer.{i}.intermediate.dense": "encoder/layer_{i}/ffn/up",
+    "bert.encoder.layer.{i}.output.dense": "encoder/layer_{i}/ffn/down",
+    "bert.encoder.layer.{i}.output.LayerNorm": "encoder/layer_{i}/ffn/norm",
+    "bert.pooler.dense": "pooler/dense",
+    "classifier": "classifier",
+}
+
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "intermediate_size",
+    "max_position_embeddings": "max_positions",
+    "type_vocab_size": "type_vocab_size",
+    "layer_norm_eps": "layer_norm_eps",
+    "hidden_act": "hidden_act",
+    "hidden_dropout_prob": "hidden_dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "initializer_range": "initializer_range",
+    "pad_token_id": "pad_token_id",
+}
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
+    """Reads the keys of a Hugging Face `config.json`; keys of qtx's own stand under `qtx`.
+
+    Raises:
+      UserError: on an activation function or position embedding that qtx does not have.
+    """
+    act = hf.get("hidden_act", "gelu")
+    if act not in ACTIVATIONS:
+        raise UserError(f"config.json: hidden_act {act!r} is not supported{near_misses(act, ACTIVATIONS)}")
+    position = hf.get("position_embedding_type", "absolute")
+    if position != "absolute":
+        raise UserError(f"config.json: position_embedding_type {position!r} is not supported; only 'absolute' is")
+    own = dict(hf.get("qtx", {}))
+    if own.get("logit_range") is not None:
+        own["logit_range"] = tuple(own["logit_range"])
+    labels = len(hf["id2label"]) if "id2label" in hf else hf.get("num_labels", 2)
+    return BertConfig(**{ours: hf[theirs] for theirs, ours in _FIELDS.items() if theirs in hf}, num_labels=labels, **own)
+
+
+def config_to_hf(config: BertConfig) -> dict[str, Any]:
+    """Returns the content of a `config.json` that `transformers` reads."""
+    hf = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
+    hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
+    hf["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
+    if config.num_labels == 1:
+        hf["problem_type"] = "regression"
+    hf["position_embedding_type"] = "absolute"
+    hf["qtx"] = {"pooling": config.pooling, "logit_range": config.logit_range}
+    return hf

@@ -1,0 +1,62 @@
+"""Which model families exist: their Hugging Face `model_type`, configuration and tensor names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from qtx.errors import UserError, near_misses
+from qtx.models import bert
+from qtx.nn.bert import BertClassifier, BertConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family of encoders.
+
+    Attributes:
+      name: Hugging Face `model_type`.
+      architecture: Hugging Face class name of the classifier.
+      module: linen class; takes `config`, `dtype` and `policy`.
+      config_from_hf: from the keys of `config.json`.
+      config_to_hf: back.
+      modules: Hugging Face module prefix to qtx path, with `{i}` for layer numbers.
+      prefix: what Hugging Face puts before the encoder's tensors in a model with a head.
+      fresh: qtx paths that may be missing from a checkpoint and are then initialised.
+      ignored: prefixes of tensors of other heads, left out when a checkpoint is read.
+    """
+
+    name: str
+    architecture: str
+    module: type[nn.Module]
+    config_from_hf: Callable[[Mapping[str, Any]], BertConfig]
+    config_to_hf: Callable[[BertConfig], dict[str, Any]]
+    modules: Mapping[str, str]
+    prefix: str
+    fresh: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+FAMILIES: dict[str, Family] = {
+    "bert": Family(
+        name="bert",
+        architecture="BertForSequenceClassification",
+        module=BertClassifier,
+        config_from_hf=bert.config_from_hf,
+        config_to_hf=bert.config_to_hf,
+        modules=bert.MODULES,
+        prefix="bert.",
+        fresh=("pooler/dense", "classifier"),
+        ignored=("cls.", "bert.embeddings.position_ids"),
+    ),
+}
+
+
+def get_family(model_type: str) -> Family:
+    """Returns a family by its Hugging Face `model_type`, or raises a `UserError` that lists what there is."""
+    if model_type not in FAMILIES:
+        raise UserError(f"model family {model_type!r} is not supported{near_misses(model_type, FAMILIES)}")
+    return FAMILIES[model_type]

@@ -1,0 +1,95 @@
+"""Short names for the sites of a transformer encoder, and `policy`, which builds a `Policy` from them.
+
+The one-letter names are those of Bondarenko et al. 2021 (e s p c g u x h y z P C, Et, wP, wC); a number after the name
+picks one layer (`y11`). The block names (MHA, FFN, CLS ...) are those of pattern studies on weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from qtx.errors import UserError, near_misses
+from qtx.quant.policy import Kind, Policy, Rule
+from qtx.quant.spec import Spec
+
+_LAYER = "encoder/layer_{i}/"
+
+ALIASES: dict[Kind, dict[str, tuple[str, ...]]] = {
+    "activation": {
+        "e": ("encoder/embeddings/sum_token_type", "encoder/embeddings/sum_position"),
+        "q": (_LAYER + "attention/query/output",),
+        "k": (_LAYER + "attention/key/output",),
+        "v": (_LAYER + "attention/value/output",),
+        "s": (_LAYER + "attention/scores",),
+        "p": (_LAYER + "attention/probs",),
+        "c": (_LAYER + "attention/context",),
+        "g": (_LAYER + "attention/out/output",),
+        "u": (_LAYER + "attention/residual",),
+        "x": (_LAYER + "attention/norm/output",),
+        "i": (_LAYER + "ffn/up/output",),
+        "h": (_LAYER + "ffn/down/output",),
+        "y": (_LAYER + "ffn/residual",),
+        "z": (_LAYER + "ffn/norm/output",),
+        "L": (_LAYER + "**",),
+        "P": ("pooler/dense/output",),
+        "C": ("classifier/output",),
+    },
+    "weight": {
+        "Et": ("encoder/embeddings/word/table",),
+        "wP": ("pooler/dense/kernel",),
+        "wC": ("classifier/kernel",),
+        "MHA": (_LAYER + "attention/*/kernel",),
+        "FFN": (_LAYER + "ffn/*/kernel",),
+        "CLS": ("pooler/dense/kernel", "classifier/kernel"),
+        "QK": (_LAYER + "attention/query/kernel", _LAYER + "attention/key/kernel"),
+        "QV": (_LAYER + "attention/query/kernel", _LAYER + "attention/value/kernel"),
+        "KV": (_LAYER + "attention/key/kernel", _LAYER + "attention/value/kernel"),
+    },
+    "input": {},
+}
+
+
+def expand(kind: Kind, name: str) -> tuple[str, ...]:
+    """Returns the patterns that a short name stands for; anything with `/` or `*` is already a pattern."""
+    if "/" in name or "*" in name:
+        return (name,)
+    found = re.fullmatch(r"([A-Za-z]+)(\d+)?", name)
+    table = ALIASES[kind]
+    if not found or found[1] not in table or (found[2] and "{i}" not in table[found[1]][0]):
+        raise UserError(f"unknown {kind} site {name!r}{near_misses(name, table)} (or write a pattern such as '**/ffn/**')")
+    return tuple(pattern.replace("{i}", found[2] or "*") for pattern in table[found[1]])
+
+
+Rules = Spec | Mapping[str, Spec | None] | None
+
+
+def policy(
+    weights: Rules = None,
+    activations: Rules = None,
+    inputs: Rules = None,
+    precedence: Literal["specific", "last"] = "specific",
+) -> Policy:
+    """Builds a policy; a bare spec stands for `{'**': spec}`.
+
+        policy(symmetric(8), {'**': asymmetric(8), 'y': asymmetric(16), 's': None})
+
+    Args:
+      weights: spec, or ordered map from short names or patterns to specs (None: full precision).
+      activations: likewise, for layer outputs and stand-alone nodes.
+      inputs: likewise, for inputs of linear layers.
+      precedence: see `qtx.quant.policy`.
+
+    Raises:
+      UserError: on an unknown short name.
+    """
+
+    def rules(kind: Kind, given: Rules) -> tuple[Rule, ...]:
+        if given is None:
+            return ()
+        if isinstance(given, Spec):
+            given = {"**": given}
+        return tuple(Rule(pattern, spec, name) for name, spec in given.items() for pattern in expand(kind, name))
+
+    return Policy(rules("weight", weights), rules("activation", activations), rules("input", inputs), precedence)

@@ -1,0 +1,225 @@
+"""BERT (Devlin et al. 2019) with every tensor a site.
+
+Shapes: `B` batch, `T` tokens, `D` width, `H` heads, `L` layers, `V` vocabulary, `C` classes. Site names, with the
+letters of Bondarenko et al. 2021 (13 L + 5 activations, 8 L + 6 weights):
+
+    encoder/embeddings/{word,token_type,position}/table                      weights
+    encoder/embeddings/sum_token_type, sum_position (e), norm/{scale,output}
+    encoder/layer_i/attention/{query,key,value}/{kernel,output}
+    encoder/layer_i/attention/scores (s)       before 1/sqrt(D/H) and before the mask
+    encoder/layer_i/attention/probs (p), context (c), out/{kernel,output} (g), residual (u), norm/{scale,output} (x)
+    encoder/layer_i/ffn/up/{kernel,output}     after GELU
+    encoder/layer_i/ffn/down/{kernel,output} (h), residual (y), norm/{scale,output} (z)
+    pooler/dense/{kernel,output} (P)           after tanh
+    classifier/{kernel,output} (C)
+
+Linear layers have an `input` site as well, for methods that quantize what enters a product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qtx.nn.layers import Dense, Embed, LayerNorm
+from qtx.nn.sites import site
+from qtx.quant.policy import Policy
+from qtx.quant.ste import clip_ste
+
+MASKED = -10000.0  # added to the scores of padding; finite, as in the published models
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: nn.gelu(x, approximate=True),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Sizes and rates of a BERT model; the defaults are BERT-base uncased.
+
+    Attributes:
+      pooling: what the head sees: `'cls'` (first token, dense, tanh) or `'mean'` (mean of the tokens, dense, tanh).
+      logit_range: the logits are clamped to this range (regression of published quantized models: 0 to 5), or None.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    max_positions: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+    num_labels: int = 2
+    pooling: Literal["cls", "mean"] = "cls"
+    logit_range: tuple[float, float] | None = None
+
+
+class Outputs(NamedTuple):
+    """What a classifier returns; what is not used is never computed under `jit`.
+
+    Attributes:
+      logits: `[B, C]` float32.
+      pooled: `[B, D]`.
+      hidden_states: `L + 1` times `[B, T, D]`: the embeddings and every layer.
+    """
+
+    logits: jax.Array
+    pooled: jax.Array
+    hidden_states: tuple[jax.Array, ...]
+
+
+class _Block(nn.Module):
+    """Fields that all parts of the model share."""
+
+    config: BertConfig
+    dtype: jnp.dtype = jnp.float32
+    policy: Policy | None = None
+
+    def dense(self, features: int, name: str, activation=None) -> Dense:
+        init = nn.initializers.normal(self.config.initializer_range)
+        return Dense(features, activation, init, self.dtype, self.policy, name=name)
+
+    def norm(self, name: str = "norm") -> LayerNorm:
+        return LayerNorm(self.config.layer_norm_eps, self.dtype, self.policy, name=name)
+
+    def dropout(self, x: jax.Array, deterministic: bool, rate: float | None = None) -> jax.Array:
+        return nn.Dropout(self.config.hidden_dropout if rate is None else rate)(x, deterministic=deterministic)
+
+
+class Embeddings(_Block):
+    """Word, token-type and position embeddings, summed and normalised."""
+
+    @nn.compact
+    def __call__(self, input_ids, token_type_ids, where, deterministic: bool) -> jax.Array:
+        """Maps `[B, T]` ids to `[B, T, D]`."""
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+
+        def table(count: int, name: str) -> Embed:
+            return Embed(count, c.hidden_size, init, self.dtype, self.policy, name=name)
+
+        x = table(c.vocab_size, "word")(input_ids) + table(c.type_vocab_size, "token_type")(token_type_ids)
+        x = site(self, "sum_token_type", x, where=where)
+        x = x + table(c.max_positions, "position")(jnp.arange(input_ids.shape[1])[None])
+        x = site(self, "sum_position", x, where=where)
+        return self.dropout(self.norm()(x, where), deterministic)
+
+
+class Attention(_Block):
+    """Multi-head self-attention with its residual and LayerNorm."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, where: jax.Array, deterministic: bool) -> jax.Array:
+        """Maps `[B, T, D]` to `[B, T, D]`; `mask` is bool `[B, T]`, `where` is `[B, T, 1]`."""
+        c = self.config
+        heads, width = c.num_heads, c.hidden_size // c.num_heads
+
+        def project(name: str) -> jax.Array:
+            return self.dense(c.hidden_size, name)(x, where).reshape(*x.shape[:2], heads, width)
+
+        query, key, value = project("query"), project("key"), project("value")
+        pairs = mask[:, None, :, None] & mask[:, None, None, :]
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+        scores = site(self, "scores", scores, where=pairs, features=False)
+        bias = jnp.where(mask, 0.0, MASKED)[:, None, None, :]
+        probs = nn.softmax(scores.astype(jnp.float32) / width**0.5 + bias).astype(self.dtype)
+        probs = site(self, "probs", probs, where=pairs, features=False)
+        probs = self.dropout(probs, deterministic, c.attention_dropout)
+        context = jnp.einsum("bhqk,bkhd->bqhd", probs, value).reshape(x.shape)
+        context = site(self, "context", context, where=where)
+        y = self.dropout(self.dense(c.hidden_size, "out")(context, where), deterministic)
+        return self.norm()(site(self, "residual", y + x, where=where), where)
+
+
+class FeedForward(_Block):
+    """The two-layer perceptron with its residual and LayerNorm."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, where: jax.Array, deterministic: bool) -> jax.Array:
+        """Maps `[B, T, D]` to `[B, T, D]`."""
+        c = self.config
+        y = self.dense(c.intermediate_size, "up", ACTIVATIONS[c.hidden_act])(x, where)
+        y = self.dropout(self.dense(c.hidden_size, "down")(y, where), deterministic)
+        return self.norm()(site(self, "residual", y + x, where=where), where)
+
+
+class Layer(_Block):
+    """One encoder layer."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, where: jax.Array, deterministic: bool) -> jax.Array:
+        """Maps `[B, T, D]` to `[B, T, D]`."""
+        x = Attention(self.config, self.dtype, self.policy, name="attention")(x, mask, where, deterministic)
+        return FeedForward(self.config, self.dtype, self.policy, name="ffn")(x, where, deterministic)
+
+
+class Encoder(_Block):
+    """Embeddings and all layers; layers are unrolled so that each can have its own bits."""
+
+    @nn.compact
+    def __call__(self, input_ids, attention_mask, token_type_ids, deterministic: bool = True) -> tuple[jax.Array, ...]:
+        """Maps `[B, T]` ids to the embeddings and every layer's output, each `[B, T, D]`."""
+        mask = attention_mask > 0
+        where = mask[:, :, None]
+        x = Embeddings(self.config, self.dtype, self.policy, name="embeddings")(
+            input_ids, token_type_ids, where, deterministic
+        )
+        states = [x]
+        for i in range(self.config.num_layers):
+            x = Layer(self.config, self.dtype, self.policy, name=f"layer_{i}")(x, mask, where, deterministic)
+            states.append(x)
+        return tuple(states)
+
+
+class Pooler(_Block):
+    """One vector per sequence."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Maps `[B, T, D]` and a bool mask `[B, T]` to `[B, D]`."""
+        if self.config.pooling == "mean":
+            weight = mask[:, :, None].astype(x.dtype)
+            x = jnp.sum(x * weight, 1) / jnp.maximum(jnp.sum(weight, 1), 1)
+        else:
+            x = x[:, 0]
+        return self.dense(self.config.hidden_size, "dense", jnp.tanh)(x, jnp.any(mask, 1)[:, None])
+
+
+class BertClassifier(_Block):
+    """BERT with a pooler and a linear head for sequence classification or regression (one label)."""
+
+    @nn.compact
+    def __call__(self, input_ids, attention_mask, token_type_ids, deterministic: bool = True) -> Outputs:
+        """Classifies sequences.
+
+        Args:
+          input_ids: int `[B, T]`.
+          attention_mask: `[B, T]`, 1 for tokens and 0 for padding; a row of zeros is a filler row.
+          token_type_ids: int `[B, T]`.
+          deterministic: False for training with dropout (needs the rng `dropout`).
+        """
+        states = Encoder(self.config, self.dtype, self.policy, name="encoder")(
+            input_ids, attention_mask, token_type_ids, deterministic
+        )
+        mask = attention_mask > 0
+        pooled = Pooler(self.config, self.dtype, self.policy, name="pooler")(states[-1], mask)
+        x = self.dropout(pooled, deterministic)
+        logits = self.dense(self.config.num_labels, "classifier")(x, jnp.any(mask, 1)[:, None]).astype(jnp.float32)
+        if self.config.logit_range is not None:
+            logits = clip_ste(logits, *self.config.logit_range)
+        return Outputs(logits, pooled, states)

@@ -1,0 +1,101 @@
+"""Linear, embedding and normalisation layers with sites.
+
+Shapes: `B` batch, `T` tokens, `D` features. Parameters are float32 masters under the names of plain linen layers; the
+arithmetic runs in `dtype`. Biases, LayerNorm's shift and the attention mask are never quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qtx.nn.sites import site
+from qtx.quant.policy import Policy
+
+Initializer = Callable[..., jax.Array]
+
+
+class Dense(nn.Module):
+    """`activation(x W + b)`. Sites: `kernel`, `input`, `output` (after the activation).
+
+    Attributes:
+      features: output width.
+      activation: applied before the output site.
+      kernel_init: initializer of the `[in, features]` kernel.
+      dtype: of the arithmetic.
+      policy: see `qtx.nn.sites`.
+    """
+
+    features: int
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+    dtype: jnp.dtype = jnp.float32
+    policy: Policy | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
+        """Maps `[..., in]` to `[..., features]`; `where` marks the elements that count in calibration."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        kernel = site(self, "kernel", kernel, kind="weight")
+        x = site(self, "input", x.astype(self.dtype), kind="input", where=where)
+        y = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        if self.activation is not None:
+            y = self.activation(y)
+        return site(self, "output", y, where=where)
+
+
+class Embed(nn.Module):
+    """A lookup table. Site: `table`, whose channels are its rows; the output is on the table's grid already.
+
+    Attributes:
+      count: number of rows.
+      features: width of a row.
+      table_init: initializer.
+      dtype: of the output.
+      policy: see `qtx.nn.sites`.
+    """
+
+    count: int
+    features: int
+    table_init: Initializer = nn.initializers.normal(0.02)
+    dtype: jnp.dtype = jnp.float32
+    policy: Policy | None = None
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Maps int `[...]` to `[..., features]`."""
+        table = self.param("table", self.table_init, (self.count, self.features), jnp.float32)
+        table = site(self, "table", table, kind="weight", channel_axis=0)
+        return jnp.take(table, ids, axis=0).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis. Sites: `scale`, `output`.
+
+    Statistics are in float32 with the two-pass variance: outlier channels cost the one-pass form several digits.
+
+    Attributes:
+      epsilon: added to the variance.
+      dtype: of the output.
+      policy: see `qtx.nn.sites`.
+    """
+
+    epsilon: float = 1e-12
+    dtype: jnp.dtype = jnp.float32
+    policy: Policy | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
+        """Normalises `[..., D]`."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        scale = site(self, "scale", scale, kind="weight", channel_axis=0)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = x - jnp.mean(x, -1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+        return site(self, "output", y.astype(self.dtype), where=where)

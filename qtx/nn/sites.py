@@ -1,0 +1,168 @@
+"""Sites: every tensor that can be quantized, captured or replaced, marked by one function.
+
+    kernel = site(self, "kernel", kernel, kind="weight")
+    y = site(self, "output", y, where=mask)
+
+A site's name is its module's path and its role, `encoder/layer_3/ffn/down/output`. What happens there is decided by the
+module's `policy` and by the variable collections that are passed to `apply`, in this order:
+
+    sites        mutable: the site is listed (shapes only; see `list_sites`)
+    captures     mutable: its full-precision value is stored under its name
+    teacher      holds the name: the value is replaced; `{'value', 'gate'}` replaces where the gate is true
+    detach       holds the name: the gradient is cut where the flag is true
+    observers    mutable: the range is estimated from the value (calibration)
+    ranges       scale and zero point in use; trained when the spec says `range='learned'`
+
+Without a policy and collections a site is its argument: parameters and values are those of the plain model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from qtx.errors import UserError
+from qtx.quant import estimators, grid
+from qtx.quant.policy import KINDS, Kind, Policy
+from qtx.quant.spec import Granularity, Spec
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class SiteInfo:
+    """What is known of a site without running it.
+
+    Attributes:
+      kind: weight, activation or input.
+      shape: of the tensor, for the arguments it was listed with.
+      channel_axis: what per-channel means here.
+      features: whether the last axis is a fixed feature axis (it is not for attention scores).
+    """
+
+    kind: Kind
+    shape: tuple[int, ...]
+    channel_axis: int
+    features: bool
+
+
+class HasPolicy(Protocol):
+    """What `site` needs of a module."""
+
+    policy: Policy | None
+
+
+def site(
+    module: Any,
+    role: str,
+    x: jax.Array,
+    *,
+    kind: Kind = "activation",
+    where: jax.Array | None = None,
+    channel_axis: int = -1,
+    features: bool = True,
+) -> jax.Array:
+    """Marks a tensor as a site and returns the value to go on with.
+
+    Args:
+      module: a bound linen module with an attribute `policy` (a `Policy` or None).
+      role: name of the tensor within the module; for weights, the parameter's name.
+      x: the tensor.
+      kind: which rules of the policy apply.
+      where: bool, broadcastable to `x`: elements that count in calibration (not padding).
+      channel_axis: the axis that `per_channel()` means.
+      features: False if the last axis has no fixed meaning, so that per-embedding grids make no sense.
+
+    Raises:
+      UserError: if the policy wants a static range that was never calibrated.
+    """
+    if module.is_initializing():
+        return x
+    if module.is_mutable_collection("sites"):
+        module.put_variable("sites", role, SiteInfo(kind, x.shape, channel_axis, features))
+    if module.is_mutable_collection("captures"):
+        module.put_variable("captures", role, x)
+    if module.has_variable("teacher", role):
+        given = module.get_variable("teacher", role)
+        if isinstance(given, Mapping):
+            x = jnp.where(given["gate"], given["value"].astype(x.dtype), x)
+        else:
+            x = given.astype(x.dtype)
+    if module.has_variable("detach", role):
+        x = jnp.where(module.get_variable("detach", role), jax.lax.stop_gradient(x), x)
+    if module.policy is None:
+        return x
+    spec = module.policy.spec(kind, "/".join((*module.path, role)))
+    if spec is None:
+        return x
+    return _quantized(module, role, x, spec.at(channel_axis, x.ndim), kind, where)
+
+
+def _quantized(module: Any, role: str, x: jax.Array, spec: Spec, kind: Kind, where: jax.Array | None) -> jax.Array:
+    if spec.is_codebook:
+        return grid.fake_quant(spec, x)
+    if spec.range == "dynamic":
+        return grid.fake_quant(spec, x, estimators.estimate(spec, x, where))
+    stored = module.get_variable("ranges", role)
+    # Weights do not change while activations are calibrated: their range is estimated once.
+    if module.is_mutable_collection("observers") and (kind != "weight" or stored is None):
+        group = module.get_variable("groups", role)
+        state = estimators.observe(spec, module.get_variable("observers", role), x, where, group)
+        stored = grid.qparams(spec, *estimators.estimated_range(spec, state), group)._asdict()
+        module.put_variable("observers", role, state)
+        module.put_variable("ranges", role, stored)
+    if stored is None:
+        name = "/".join((*module.path, role))
+        raise UserError(f"site {name!r} has no range yet; calibrate the model first, or give it range='dynamic'")
+    return grid.fake_quant(spec, x, grid.QParams(**stored))
+
+
+def list_sites(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, SiteInfo]:
+    """Returns every site of a model by name, in the order of their names; nothing is computed.
+
+    Args:
+      model: any linen module whose tensors are marked by `site`; its policy does not matter.
+      variables: its parameters; `jax.ShapeDtypeStruct`s do.
+      *args: what the model is called with.
+      **kwargs: likewise.
+    """
+    plain = model.clone(policy=None) if getattr(model, "policy", None) is not None else model
+    params = {"params": variables["params"]}
+    _, found = jax.eval_shape(lambda v: plain.apply(v, *args, **kwargs, mutable=["sites"]), params)
+    flat = traverse_util.flatten_dict(found["sites"], sep="/")
+    return {name: flat[name] for name in sorted(flat)}
+
+
+def check_policy(policy: Policy, sites: Mapping[str, SiteInfo]) -> None:
+    """Raises a `UserError` if a policy does not fit a model.
+
+    That is: a rule that matches no site, a group count that does not divide the width, a per-embedding grid where the
+    last axis is not a feature axis, or a static range per token or position.
+
+    Args:
+      policy: the policy.
+      sites: from `list_sites`.
+    """
+    policy.check({kind: [name for name, info in sites.items() if info.kind == kind] for kind in KINDS})
+    for name, info in sites.items():
+        spec = policy.spec(info.kind, name)
+        if spec is None:
+            continue
+        granularity = spec.granularity
+        if granularity.axis == -1 and info.kind != "weight" and not info.features:
+            raise UserError(f"site {name!r} has no feature axis: {granularity} does not apply there; use per_tensor()")
+        if granularity.axis in ("token", -2) and info.kind != "weight" and spec.range != "dynamic":
+            raise UserError(f"site {name!r}: ranges {granularity} depend on the sequence; use range='dynamic'")
+        if granularity.groups is not None:
+            _check_groups(name, granularity, info.shape)
+
+
+def _check_groups(name: str, granularity: Granularity, shape: tuple[int, ...]) -> None:
+    width = shape[granularity.axis]  # type: ignore[index]
+    if width % granularity.groups:  # type: ignore[operator]
+        raise UserError(f"site {name!r}: {granularity.groups} groups do not divide its width {width}")

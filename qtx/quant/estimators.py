@@ -1,0 +1,102 @@
+"""Range estimation: `observe` batches one after the other, then read the range.
+
+    state = None
+    for x in batches:
+        state = observe(spec, state, x)
+    params = qparams(spec, *estimated_range(spec, state))
+
+Every estimator works at every granularity, because it sees rows (see `rows`). All results carry no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qtx.quant import grid, rows, search
+from qtx.quant.spec import MinMax, Spec
+
+
+class MinMaxState(NamedTuple):
+    """`[rows]` lower and upper ends so far."""
+
+    low: jax.Array
+    high: jax.Array
+
+
+State = MinMaxState | search.SearchState
+
+
+def _extremes(how: MinMax, x: jax.Array, weight: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    axes = tuple(range(1, x.ndim))
+    if how.percentile:
+        flat = x.reshape(x.shape[0], -1)
+        if weight is not None:
+            flat = jnp.where(weight.reshape(flat.shape) > 0, flat, jnp.nan)
+        upper = 100.0 if how.ends == "lower" else 100.0 - how.percentile
+        # Only padding is NaN on purpose; NaN in the data itself must not be averaged away.
+        percentile = jnp.percentile if weight is None else jnp.nanpercentile
+        low, high = percentile(flat, jnp.array([how.percentile, upper], jnp.float32), axis=1)
+        if weight is not None:
+            broken = jnp.any(jnp.isnan(x) & (weight > 0), axes)
+            empty = ~jnp.any(weight > 0, axes)
+            low, high = (jnp.where(empty, 0.0, jnp.where(broken, jnp.nan, v)) for v in (low, high))
+        return low, high
+    if weight is None:
+        return jnp.min(x, axes), jnp.max(x, axes)
+    counts = weight > 0
+    low = jnp.min(x, axes, where=counts, initial=jnp.inf)
+    high = jnp.max(x, axes, where=counts, initial=-jnp.inf)
+    empty = low > high
+    return jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
+
+
+def observe(
+    spec: Spec,
+    state: State | None,
+    x: jax.Array,
+    where: jax.Array | None = None,
+    group: jax.Array | None = None,
+) -> State:
+    """Takes one batch into account.
+
+    Args:
+      spec: a uniform spec with concrete axes.
+      state: of the batches before, or None at the first.
+      x: any float tensor.
+      where: bool, broadcastable to `x`: elements that count (tokens that are not padding). A row without any counts as
+        zeros. Not used when the estimator's `padding` is `'include'`.
+      group: `[d]` int32, for permuted groups.
+    """
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    weight = None
+    if where is not None and spec.estimator.padding == "ignore":
+        weight = rows.to_rows(jnp.broadcast_to(where, x.shape).astype(jnp.float32), spec.granularity, group)
+    x = rows.to_rows(x, spec.granularity, group)
+    how = spec.estimator
+    if not isinstance(how, MinMax):
+        assert state is None or isinstance(state, search.SearchState)
+        return search.search(spec, search.start(spec, x, weight) if state is None else state, x, weight)
+    low, high = _extremes(how, x, weight)
+    if state is None or how.over == "current":
+        return MinMaxState(low, high)
+    if how.over == "all":
+        return MinMaxState(jnp.minimum(state.low, low), jnp.maximum(state.high, high))
+    keep = how.momentum
+    return MinMaxState((1 - keep) * low + keep * state.low, (1 - keep) * high + keep * state.high)
+
+
+def estimated_range(spec: Spec, state: State) -> tuple[jax.Array, jax.Array]:
+    """Returns the lower and upper end: `[rows]`, or scalars for one range in all."""
+    if spec.granularity.axis is None:
+        return state.low[0], state.high[0]
+    return state.low, state.high
+
+
+def estimate(
+    spec: Spec, x: jax.Array, where: jax.Array | None = None, group: jax.Array | None = None
+) -> grid.QParams:
+    """Returns the quantizer parameters for one tensor; arguments as in `observe`."""
+    return grid.qparams(spec, *estimated_range(spec, observe(spec, None, x, where, group)), group)

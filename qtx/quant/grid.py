@@ -1,0 +1,157 @@
+"""Uniform grids: from a range to scale and zero point, and from floats to integers and back.
+
+Notation: `b` bits, scale `s`, zero point `z`, `[.]` rounds half to even.
+
+    asymmetric    q in [0, 2^b - 1]             x_q = s (clip([x/s] + [z], 0, 2^b - 1) - [z])
+    symmetric     q in [-2^(b-1), 2^(b-1) - 1]  x_q = s clip([x/s], q_min, q_max)
+    one-sided     q in [0, 2^b - 1]             when a symmetric range has no negative part
+
+Rounding comes before the integer zero point is added, and the zero point is stored as a real number, so that both can be
+trained independently (reference: Bondarenko et al. 2021, section 2).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qtx.quant import codebook, rows, ste
+from qtx.quant.exact import divide
+from qtx.quant.spec import Spec
+
+
+class QParams(NamedTuple):
+    """The stored parameters of one quantizer.
+
+    Attributes:
+      scale: `[rows]` or a scalar; in the spec's scale domain, before the floor.
+      zero_point: like `scale`; a real number, rounded when it is read. Zeros for symmetric grids.
+      signed: scalar bool; symmetric grids only: one decision for all rows.
+      group: `[d]` int32, the group of each channel, or None; permuted groups only.
+    """
+
+    scale: jax.Array
+    zero_point: jax.Array
+    signed: jax.Array
+    group: jax.Array | None = None
+
+
+def limits(spec: Spec, signed: jax.Array | bool) -> tuple[jax.Array, jax.Array]:
+    """Returns the least and greatest integer of the grid as float32 scalars."""
+    full = float(2**spec.bits - 1)
+    if spec.scheme == "asymmetric":
+        return jnp.float32(0), jnp.float32(full)
+    half = float(2 ** (spec.bits - 1))
+    return jnp.where(signed, jnp.float32(-half), 0), jnp.where(signed, jnp.float32(half - 1), jnp.float32(full))
+
+
+def to_domain(spec: Spec, scale: jax.Array) -> jax.Array:
+    """Maps a positive scale to what is stored."""
+    if spec.scale_domain == "log":
+        return jnp.log(scale)
+    if spec.scale_domain == "softplus":
+        return scale + jnp.log(-jnp.expm1(-scale))
+    return scale
+
+
+def effective_scale(spec: Spec, stored: jax.Array) -> jax.Array:
+    """Maps what is stored to the scale in use: floored (gradient 1 at and above the floor), `exp` or `softplus`."""
+    if spec.scale_domain == "log":
+        return jnp.exp(stored)
+    if spec.scale_domain == "softplus":
+        return jax.nn.softplus(stored)
+    return jnp.where(stored >= spec.eps, stored, jnp.asarray(spec.eps, stored.dtype))
+
+
+def effective_zero_point(spec: Spec, stored: jax.Array) -> jax.Array:
+    """Rounds the stored zero point onto the grid; straight-through inside, no gradient beyond."""
+    if spec.scheme != "asymmetric":
+        return jnp.zeros_like(stored)
+    return ste.clip_ste(ste.round_ste(stored), 0.0, float(2**spec.bits - 1))
+
+
+def qparams(spec: Spec, low: jax.Array, high: jax.Array, group: jax.Array | None = None) -> QParams:
+    """Turns a range into scale and zero point.
+
+    Zero is always representable: `low` is pulled down to 0 and `high` up to `eps`.
+
+    Args:
+      spec: a uniform spec.
+      low: `[rows]` or a scalar.
+      high: like `low`.
+      group: kept with the parameters, for permuted groups.
+    """
+    low, high = jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
+    low, high = jnp.minimum(low, 0.0), jnp.maximum(high, spec.eps)
+    if spec.scheme == "asymmetric":
+        step = divide(high - low, float(2**spec.bits - 1))
+        return QParams(to_domain(spec, step), divide(-low, step), jnp.asarray(False), group)
+    signed = jnp.any(low < 0)
+    _, q_max = limits(spec, signed)
+    step = divide(jnp.maximum(jnp.abs(low), high), q_max)
+    return QParams(to_domain(spec, step), jnp.zeros_like(step), signed, group)
+
+
+class Affine(NamedTuple):
+    """`QParams` as they are used: effective, on the grid, broadcastable to the tensor."""
+
+    scale: jax.Array
+    zero_point: jax.Array
+    q_min: jax.Array
+    q_max: jax.Array
+
+
+def affine(spec: Spec, params: QParams, shape: tuple[int, ...]) -> Affine:
+    """Returns scale, integer zero point and limits, ready to broadcast against a tensor of `shape`."""
+    scale = effective_scale(spec, params.scale)
+    zero_point = effective_zero_point(spec, params.zero_point)
+    q_min, q_max = limits(spec, params.signed)
+    spread = (rows.expand(v, spec.granularity, shape, params.group) for v in (scale, zero_point))
+    return Affine(*spread, q_min, q_max)
+
+
+def fake_quant(spec: Spec, x: jax.Array, params: QParams | None = None) -> jax.Array:
+    """Puts `x` on its grid and back, with straight-through gradients.
+
+    Args:
+      spec: with concrete axes; its `range` decides whether scale and zero point receive gradients.
+      x: any float tensor; 16-bit floats are quantized in float32 arithmetic.
+      params: from `qparams`; not used by ternary and binary, which take their scale from `x`.
+
+    Returns:
+      Same shape and dtype as `x`.
+    """
+    if spec.is_codebook:
+        codes, scale = codebook.codes(spec, x)
+        return ste.identity_ste(x, (codes * scale).astype(x.dtype))
+    assert params is not None, "uniform grids need QParams"
+    if spec.range == "learned":
+        return ste.uniform(x, *affine(spec, params, x.shape))
+    return ste.uniform_fixed(x, *affine(spec, jax.lax.stop_gradient(params), x.shape))
+
+
+def quantize(spec: Spec, x: jax.Array, params: QParams | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the integers of `x` with what is needed to read them: `x_q = scale (integers - zero_point)`.
+
+    Args:
+      spec: with concrete axes.
+      x: any float tensor.
+      params: from `qparams`; None for ternary and binary.
+
+    Returns:
+      int32 integers of the shape of `x`; scale; zero point. The last two broadcast against `x`.
+    """
+    if spec.is_codebook:
+        codes, scale = codebook.codes(spec, x)
+        return codes.astype(jnp.int32), scale, jnp.zeros_like(scale)
+    assert params is not None, "uniform grids need QParams"
+    scale, zero_point, q_min, q_max = affine(spec, params, x.shape)
+    _, level = ste._levels(x, scale, zero_point, q_min, q_max)
+    return level.astype(jnp.int32), scale, zero_point
+
+
+def dequantize(integers: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
+    """Returns `scale (integers - zero_point)` in the dtype of `scale`."""
+    return scale * (integers.astype(scale.dtype) - zero_point)

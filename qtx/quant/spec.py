@@ -1,0 +1,272 @@
+"""What grid a tensor is put on, as one hashable value.
+
+A `Spec` says everything about one quantizer: how many bits, which scheme, which elements share a range
+(`Granularity`), how that range is found (`MinMax` or `Search`) and what becomes of it in training (`range`). It holds
+no arrays, so it can be a static argument of a compiled function, a dictionary key or an attribute of a module.
+
+The functions that do the work live beside it: `grid` (ranges to integers and back), `observe` (data to ranges),
+`search` (ranges of least error) and `codebook` (ternary and binary).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from qtx.errors import UserError, near_misses
+
+SCHEMES = ("symmetric", "asymmetric", "ternary", "binary")
+
+
+def _choice(what: str, value: Any, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise UserError(f"unknown {what} {value!r}{near_misses(str(value), options)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Granularity:
+    """Which elements of a tensor share one range.
+
+    Attributes:
+      axis: the axis (or axes) that keeps its own ranges; `None` for one range in all. `'channel'` is the site's own
+        output axis (last of a Dense kernel, vocabulary rows of a table), `'token'` is every axis but the last.
+      groups: `K` groups along `axis` instead of one range per index (per-embedding-group, PEG); must divide its size.
+      permute: group members are chosen by sorting the channels by their range, not by position
+        (Bondarenko et al. 2021, section 4); see `qtx.quant.rows.groups_by_range`.
+    """
+
+    axis: int | tuple[int, ...] | Literal["channel", "token"] | None = None
+    groups: int | None = None
+    permute: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.axis, str):
+            _choice("granularity axis", self.axis, ("channel", "token"))
+        if self.groups is not None and (not isinstance(self.axis, int) or self.groups < 1):
+            raise UserError(f"groups={self.groups} needs one axis to group along and at least one group; use per_group(K)")
+        if self.permute and self.groups is None:
+            raise UserError("permute=True needs groups; use per_group(K, permute=True)")
+
+    def __str__(self) -> str:
+        if self.groups is not None:
+            return f"{self.groups} groups on axis {self.axis}" + (", permuted" if self.permute else "")
+        names = {None: "tensor", "channel": "channel", "token": "token", -1: "embedding", -2: "position"}
+        return f"per {names[self.axis]}" if self.axis in names else f"per index of axis {self.axis}"
+
+
+def per_tensor() -> Granularity:
+    """One range for the whole tensor."""
+    return Granularity()
+
+
+def per_channel(axis: int | Literal["channel"] = "channel") -> Granularity:
+    """One range per output channel of a weight: per vocabulary row for a table, per element for a norm's scale."""
+    return Granularity(axis)
+
+
+def per_token() -> Granularity:
+    """One range for each token of each sequence, over the features; only sensible with `range='dynamic'`."""
+    return Granularity("token")
+
+
+def per_position() -> Granularity:
+    """One range per position of `[batch, tokens, dim]`, shared by the batch (the published "per-token")."""
+    return Granularity(-2)
+
+
+def per_embedding() -> Granularity:
+    """One range per embedding dimension, the last axis."""
+    return Granularity(-1)
+
+
+def per_group(groups: int, permute: bool = False, axis: int = -1) -> Granularity:
+    """Per-embedding-group (PEG): `groups` ranges along `axis`, contiguous or sorted by range (`permute`)."""
+    return Granularity(axis, groups, permute)
+
+
+@dataclasses.dataclass(frozen=True)
+class MinMax:
+    """Ranges from the extremes of the data.
+
+    Attributes:
+      over: `'current'` (the last batch wins), `'all'` (widest so far) or `'running'` (moving average).
+      momentum: weight of the old range in the moving average; the first batch sets it outright.
+      percentile: `p` replaces minimum and maximum by the p-th and (100-p)-th percentile, linearly interpolated; 0: off.
+      ends: which ends the percentile trims; `'lower'` is what the published per-tensor path does.
+      padding: whether positions outside the attention mask count.
+    """
+
+    over: Literal["current", "all", "running"] = "current"
+    momentum: float = 0.9
+    percentile: float = 0.0
+    ends: Literal["both", "lower"] = "both"
+    padding: Literal["ignore", "include"] = "ignore"
+
+    def __post_init__(self):
+        _choice("min-max estimator", self.over, ("current", "all", "running"))
+        _choice("percentile ends", self.ends, ("both", "lower"))
+        _choice("padding rule", self.padding, ("ignore", "include"))
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum {self.momentum} is outside [0, 1)")
+        if not 0 <= self.percentile < 50:
+            raise UserError(f"percentile {self.percentile} is outside [0, 50); 0 switches it off, 1 trims 1 % at each end")
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Ranges of least quantization error, found by search.
+
+    The extent `S` of the search is the largest magnitude of the first batch plus a margin. A grid tries
+    `candidates` ranges up to `S` (times shifts, for the asymmetric scheme on two-sided data) and adds the losses of all
+    batches; Brent's bounded method refines one range on each batch.
+
+    Attributes:
+      loss: `'mse'`, or `'cross_entropy'` of the softmax over the last axis (for logits).
+      method: `'grid'` or `'brent'` (published as `golden_section`).
+      candidates: number of range widths on the grid.
+      margin: added to the extent; absolute as published, or a fraction of it with `relative_margin`.
+      relative_margin: the margin is a fraction of the largest magnitude, so small tensors get a fine grid too.
+      extent: every row (channel, group) has its own extent, or all share the tensor's (as published).
+      padding: whether positions outside the attention mask count.
+    """
+
+    loss: Literal["mse", "cross_entropy"] = "mse"
+    method: Literal["grid", "brent"] = "grid"
+    candidates: int = 100
+    margin: float = 0.5
+    relative_margin: bool = False
+    extent: Literal["row", "tensor"] = "row"
+    padding: Literal["ignore", "include"] = "ignore"
+
+    def __post_init__(self):
+        _choice("search loss", self.loss, ("mse", "cross_entropy"))
+        _choice("search method", self.method, ("grid", "brent"))
+        _choice("search extent", self.extent, ("row", "tensor"))
+        _choice("padding rule", self.padding, ("ignore", "include"))
+        if self.candidates < 1:
+            raise UserError(f"a search needs at least one candidate, not {self.candidates}")
+        if self.margin < 0:
+            raise UserError(f"the search margin {self.margin} is negative")
+
+
+Estimator = MinMax | Search
+
+ESTIMATORS: dict[str, Estimator] = {
+    "current_minmax": MinMax("current"),
+    "all_minmax": MinMax("all"),
+    "running_minmax": MinMax("running"),
+    "percentile": MinMax("current", percentile=0.1),
+    "mse": Search("mse", "grid", relative_margin=True),
+    "mse_brent": Search("mse", "brent", relative_margin=True),
+    "cross_entropy": Search("cross_entropy", "grid", relative_margin=True),
+}
+
+
+def estimator(name: str, **options: Any) -> Estimator:
+    """Returns a range estimator by its short name, with some of its fields replaced.
+
+    Args:
+      name: a key of `ESTIMATORS`.
+      **options: fields of `MinMax` or `Search` to change, such as `momentum=0.95`.
+
+    Raises:
+      UserError: on an unknown name or an option that the estimator does not have.
+    """
+    if name not in ESTIMATORS:
+        raise UserError(f"unknown range estimator {name!r}{near_misses(name, ESTIMATORS)}")
+    base = ESTIMATORS[name]
+    fields = [field.name for field in dataclasses.fields(base)]
+    for option in options:
+        if option not in fields:
+            raise UserError(f"range estimator {name!r} has no option {option!r}{near_misses(option, fields)}")
+    return dataclasses.replace(base, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One quantizer, fully described.
+
+    Attributes:
+      bits: 2 to 16 for the uniform schemes; ternary counts as 2, binary as 1.
+      scheme: `'symmetric'` (no zero point; unsigned when the range is one-sided), `'asymmetric'` (integer zero point),
+        `'ternary'` (threshold 0.7 mean|x|, TWN) or `'binary'` (sign times mean|x|).
+      granularity: which elements share a range.
+      estimator: how the range is found.
+      range: `'static'` (calibrated once), `'learned'` (calibrated, then trained) or `'dynamic'` (from the tensor itself at
+        every call; ternary and binary are always so).
+      scale_domain: what is stored and trained: the scale (`'linear'`, floored at `eps` when it is read), its logarithm
+        (`'log'`) or its inverse softplus (`'softplus'`), which keep it positive.
+      eps: least scale of the linear domain and least upper end of a range.
+    """
+
+    bits: int = 8
+    scheme: Literal["symmetric", "asymmetric", "ternary", "binary"] = "symmetric"
+    granularity: Granularity = Granularity()
+    estimator: Estimator = MinMax()
+    range: Literal["static", "dynamic", "learned"] = "static"
+    scale_domain: Literal["linear", "log", "softplus"] = "linear"
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        _choice("scheme", self.scheme, SCHEMES)
+        _choice("range rule", self.range, ("static", "dynamic", "learned"))
+        _choice("scale domain", self.scale_domain, ("linear", "log", "softplus"))
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int):
+            raise UserError(f"bits must be a whole number, not {self.bits!r}")
+        if self.is_codebook:
+            fixed = {"ternary": 2, "binary": 1}[self.scheme]
+            if self.bits != fixed:
+                raise UserError(f"{self.scheme} takes bits={fixed}, not {self.bits}; use qtx.{self.scheme}()")
+            if self.range != "dynamic":
+                raise UserError(f"{self.scheme} scales come from the tensor itself; use range='dynamic', not {self.range!r}")
+        elif not 2 <= self.bits <= 16:
+            raise UserError(f"{self.bits} bits: uniform grids take 2 to 16; for fewer use qtx.ternary() or qtx.binary()")
+        is_entropy = isinstance(self.estimator, Search) and self.estimator.loss == "cross_entropy"
+        if is_entropy and self.granularity.axis is not None:
+            raise UserError("the cross-entropy search looks at whole rows of logits: it needs per_tensor() granularity")
+
+    @property
+    def is_codebook(self) -> bool:
+        """Whether the grid is a fixed codebook (ternary, binary) rather than a uniform one."""
+        return self.scheme in ("ternary", "binary")
+
+    def at(self, channel_axis: int, ndim: int) -> Spec:
+        """Returns the spec with symbolic axes replaced by those of a tensor with `ndim` axes.
+
+        Args:
+          channel_axis: what `'channel'` means for this tensor.
+          ndim: number of axes of the tensor.
+        """
+        axis = self.granularity.axis
+        if axis == "channel":
+            axis = channel_axis
+        elif axis == "token":
+            axis = tuple(range(ndim - 1))
+        if axis == self.granularity.axis:
+            return self
+        return dataclasses.replace(self, granularity=dataclasses.replace(self.granularity, axis=axis))
+
+    def __str__(self) -> str:
+        if self.is_codebook:
+            return f"{self.scheme}, {self.granularity}"
+        return f"{self.bits}-bit {self.scheme}, {self.granularity}, {self.range}"
+
+
+def symmetric(bits: int = 8, granularity: Granularity = Granularity(), **options: Any) -> Spec:
+    """A symmetric uniform grid; `options` are further fields of `Spec`."""
+    return Spec(bits, "symmetric", granularity, **options)
+
+
+def asymmetric(bits: int = 8, granularity: Granularity = Granularity(), **options: Any) -> Spec:
+    """An asymmetric uniform grid with an integer zero point; `options` are further fields of `Spec`."""
+    return Spec(bits, "asymmetric", granularity, **options)
+
+
+def ternary(granularity: Granularity = Granularity()) -> Spec:
+    """{-a, 0, a} with threshold 0.7 mean|x| (Li et al. 2016, "Ternary weight networks")."""
+    return Spec(2, "ternary", granularity, range="dynamic")
+
+
+def binary(granularity: Granularity = Granularity()) -> Spec:
+    """{-a, a} with a = mean|x| (Rastegari et al. 2016, XNOR-Net, eq. 6)."""
+    return Spec(1, "binary", granularity, range="dynamic")

@@ -1,0 +1,124 @@
+"""Straight-through estimators: rounding and clamping whose gradients are chosen, not derived.
+
+`jnp.clip` splits the gradient at ties and `lax.clamp` drops it, but a min-max range puts the extreme element exactly on
+the edge every time. All masks here are inclusive: an element on the edge keeps its gradient.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from qtx.quant.exact import divide
+
+
+@jax.custom_vjp
+def round_ste(x: jax.Array) -> jax.Array:
+    """Rounds half to even; the gradient passes unchanged."""
+    return jnp.round(x)
+
+
+round_ste.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
+
+
+def clip_ste(x: jax.Array, low: jax.Array | float, high: jax.Array | float) -> jax.Array:
+    """Clamps `x`; the gradient is 1 inside and on both edges, 0 strictly outside."""
+    return jnp.where(x < low, low, jnp.where(x > high, high, x))
+
+
+@jax.custom_vjp
+def identity_ste(x: jax.Array, quantized: jax.Array) -> jax.Array:
+    """Returns `quantized` forward and sends the whole gradient to `x`."""
+    del x
+    return quantized
+
+
+identity_ste.defvjp(lambda x, q: (q, None), lambda _, g: (g, jnp.zeros_like(g)))
+
+
+def _sum_to(g: jax.Array, like: jax.Array) -> jax.Array:
+    """Sums `g` over the axes along which `like` was broadcast."""
+    lead = g.ndim - like.ndim
+    axes = tuple(range(lead)) + tuple(
+        lead + i for i, n in enumerate(like.shape) if n == 1 and g.shape[lead + i] != 1
+    )
+    return jnp.sum(g, axes, keepdims=False).reshape(like.shape).astype(like.dtype)
+
+
+def _levels(x, scale, zero_point, q_min, q_max):
+    """Integer grid values (as floats), clamped and not."""
+    level = jnp.round(divide(x.astype(scale.dtype), scale)) + zero_point
+    return level, jnp.clip(level, q_min, q_max)
+
+
+@partial(jax.custom_vjp)
+def uniform(x: jax.Array, scale: jax.Array, zero_point: jax.Array, q_min: jax.Array, q_max: jax.Array) -> jax.Array:
+    """Fake quantization `s (clip([x/s] + z, q_min, q_max) - z)`, with gradients to `x`, the scale and the zero point.
+
+    With `r = x/s`, upstream gradient `g` and the inclusive mask `m = q_min <= [r] + z <= q_max`:
+
+        d/dx = g m
+        d/ds = sum over sharing elements of g ([r] - r) where m, g (q_max - z) above, g (q_min - z) below
+        d/dz = sum of -s g where not m
+
+    (Esser et al. 2020 for the scale, Bhalgat et al. 2020 for the zero point; no gradient scaling.)
+
+    Args:
+      x: any tensor; arithmetic is in the dtype of `scale`, the result in that of `x`.
+      scale: positive, broadcastable to `x`.
+      zero_point: integer-valued, broadcastable to `x`; 0 for symmetric grids.
+      q_min: least integer of the grid.
+      q_max: greatest integer of the grid.
+
+    Returns:
+      The tensor on its grid, same shape and dtype as `x`.
+    """
+    _, level = _levels(x, scale, zero_point, q_min, q_max)
+    return (scale * (level - zero_point)).astype(x.dtype)
+
+
+def _uniform_fwd(x, scale, zero_point, q_min, q_max):
+    return uniform(x, scale, zero_point, q_min, q_max), (x, scale, zero_point, q_min, q_max)
+
+
+def _uniform_bwd(saved, g):
+    x, scale, zero_point, q_min, q_max = saved
+    level, _ = _levels(x, scale, zero_point, q_min, q_max)
+    below, above = level < q_min, level > q_max
+    outside = below | above
+    ratio = divide(x.astype(scale.dtype), scale)
+    g_scale = g.astype(scale.dtype)
+    rounding = jnp.where(above, q_max - zero_point, jnp.where(below, q_min - zero_point, jnp.round(ratio) - ratio))
+    d_scale = _sum_to(g_scale * rounding, scale)
+    d_zero = _sum_to(jnp.where(outside, -scale * g_scale, 0), zero_point)
+    return jnp.where(outside, 0, g), d_scale, d_zero, jnp.zeros_like(q_min), jnp.zeros_like(q_max)
+
+
+uniform.defvjp(_uniform_fwd, _uniform_bwd)
+
+
+@jax.custom_vjp
+def uniform_fixed(
+    x: jax.Array, scale: jax.Array, zero_point: jax.Array, q_min: jax.Array, q_max: jax.Array
+) -> jax.Array:
+    """`uniform` for ranges that are not trained: the same values and input gradient, with one saved bit per element.
+
+    The cotangents of everything but `x` are zero.
+    """
+    return uniform(x, scale, zero_point, q_min, q_max)
+
+
+def _fixed_fwd(x, scale, zero_point, q_min, q_max):
+    level, clipped = _levels(x, scale, zero_point, q_min, q_max)
+    inside = level == clipped
+    return (scale * (clipped - zero_point)).astype(x.dtype), (inside, scale, zero_point, q_min, q_max)
+
+
+def _fixed_bwd(saved, g):
+    inside, *others = saved
+    return jnp.where(inside, g, 0), *(jnp.zeros_like(other) for other in others)
+
+
+uniform_fixed.defvjp(_fixed_fwd, _fixed_bwd)

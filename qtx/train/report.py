@@ -1,0 +1,261 @@
+"""What a run directory needs to explain itself: its config, its tables and its plots."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import numbers
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import rich.console
+import rich.table
+import rich.text
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+from qtx.errors import UserError
+
+_CONFIG = "config.json"
+
+
+def save_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> Path:
+    """Writes the resolved config to `workdir/config.json`, sorted and indented, atomically, and returns the path.
+
+    References are resolved, NumPy values become numbers and lists, and what JSON has no word for becomes its `str`: a
+    run is never refused because of its record. Tuples come back as lists.
+    """
+    path = Path(workdir) / _CONFIG
+    plain = json.dumps(config.to_dict(), sort_keys=True, indent=2, default=_jsonable)
+    write_text_atomic(path, plain + "\n")
+    return path
+
+
+def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
+    """Reads what `save_config` wrote.
+
+    Raises:
+      UserError: there is no config in the directory, or it is not a JSON object.
+    """
+    path = Path(workdir) / _CONFIG
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no {_CONFIG} in {Path(workdir)}: name the directory of a run") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): restore it, or train again in another workdir") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} holds a {type(fields).__name__}, not an object of fields: name the directory of a run")
+    return ml_collections.ConfigDict(fields)
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a UTF-8 file that readers see whole or not at all, even if the process dies; makes its directories."""
+    _write_atomic(Path(path), text.encode("utf-8"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Results as a table, to look at (`print`), to paste (`markdown`) and to compute with (`csv`).
+
+    Attributes:
+      columns: headers.
+      rows: one value for each column: a string, a number, or None for an empty cell.
+      formats: by column, how its numbers are shown (`".3f"`, `",d"`, `".1%"`); strings are shown as they are, and
+        numbers without a format with up to six digits. `csv` keeps full precision.
+      title: shown by `print`.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    title: str = ""
+
+    def __post_init__(self):
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"row {list(row)} has {len(row)} values for {len(self.columns)} columns")
+        if unknown := set(self.formats) - set(self.columns):
+            raise ValueError(f"formats for columns that do not exist: {sorted(unknown)}")
+
+    def markdown(self) -> str:
+        """Returns a GitHub table with aligned columns, numbers to the right, ending in a newline."""
+        grid = [[str(c) for c in self.columns], *([*map(self._show, self.columns, row)] for row in self.rows)]
+        grid = [[cell.replace("|", "\\|") for cell in row] for row in grid]
+        widths = [max(3, *map(len, column)) for column in zip(*grid, strict=True)]
+        numeric = self._numeric()
+        rule = ["-" * (width - 1) + ":" if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
+        padded = [
+            [cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True)]
+            for row in grid
+        ]
+        return "".join("| " + " | ".join(row) + " |\n" for row in [padded[0], rule, *padded[1:]])
+
+    def csv(self) -> str:
+        """Returns comma-separated values with a header, unrounded, None as an empty field."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self.columns, *self.rows])
+        return text.getvalue()
+
+    def print(self, console: rich.console.Console | None = None) -> None:
+        """Prints the table to standard output, or to `console`."""
+        table = rich.table.Table(title=self.title or None)
+        for column, right in zip(self.columns, self._numeric(), strict=True):
+            table.add_column(rich.text.Text(str(column)), justify="right" if right else "left")
+        for row in self.rows:
+            table.add_row(*(rich.text.Text(self._show(*pair)) for pair in zip(self.columns, row, strict=True)))
+        (console or rich.console.Console()).print(table)
+
+    def save(self, directory: str | os.PathLike[str], name: str) -> None:
+        """Writes `directory/name.md` and `directory/name.csv`, each atomically."""
+        write_text_atomic(Path(directory) / f"{name}.md", self.markdown())
+        write_text_atomic(Path(directory) / f"{name}.csv", self.csv())
+
+    def _show(self, column: str, value: Any) -> str:
+        if value is None:
+            return ""
+        if not _is_number(value):
+            return str(value)
+        return format(value, self.formats.get(column, "d" if isinstance(value, numbers.Integral) else ".6g"))
+
+    def _numeric(self) -> list[bool]:
+        cells: list[list[Any]] = [[v for row in self.rows if (v := row[i]) is not None] for i in range(len(self.columns))]
+        return [bool(values) and all(map(_is_number, values)) for values in cells]
+
+
+def plot_accuracy_against_size(
+    points: Sequence[tuple[str, float, float]],
+    path: str | os.PathLike[str],
+    baseline: tuple[str, float] | None = None,
+    ylabel: str = "accuracy",
+) -> None:
+    """Draws what each size of a model is worth, as a PNG written atomically.
+
+    Args:
+      points: (label, size in bytes, score) of each model. The largest is taken as full precision, and its score is
+        drawn as a dashed line for the others to be held against.
+      path: of the PNG; its directories are made.
+      baseline: (label, score) of something else to beat, such as a linear model: a second dashed line.
+      ylabel: what the score is.
+
+    Raises:
+      UserError: no point, or a size that is not positive.
+    """
+    if not points:
+        raise UserError("no models to plot: give at least one point (label, bytes, score)")
+    for label, size, _ in points:
+        if size <= 0:
+            raise UserError(f"model {label!r} has size {size}: sizes are bytes, above 0")
+    points = sorted(points, key=lambda point: point[1])
+    ink, accent, grey, amber = "#1f2933", "#2563eb", "#7b8794", "#c2610c"
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#cbd2d9")
+    axes.tick_params(colors=grey, labelcolor=ink)
+    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
+    axes.set_xlabel("model size (MiB, log scale)", color=ink)
+    axes.set_ylabel(ylabel, color=ink)
+
+    sizes, scores = [size / 2**20 for _, size, _ in points], [float(score) for _, _, score in points]
+    axes.set_xlim(min(sizes) / 1.6, max(sizes) * 1.9)
+    levels = scores + ([baseline[1]] if baseline else [])
+    margin = 0.12 * (max(levels) - min(levels)) or 0.05 * abs(levels[0]) or 0.05
+    axes.set_ylim(min(levels) - margin, max(levels) + margin)
+    axes.scatter(sizes, scores, s=54, color=accent, edgecolor="white", linewidth=1.2, zorder=3)
+
+    canvas.draw()  # fixes the layout, which the placing of labels measures
+    dots = axes.transData.transform(list(zip(sizes, scores, strict=True)))
+    taken = [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9) for x, y in dots]
+    lines = [(f"{points[-1][0]} ({scores[-1]:.4g})", scores[-1], grey)]
+    if baseline:
+        lines.append((f"{baseline[0]} ({baseline[1]:.4g})", baseline[1], amber))
+    for text, level, color in lines:
+        axes.axhline(level, color=color, linestyle=(0, (5, 4)), linewidth=1.2, zorder=1)
+        ends = [(_FRACTION[place[2]], level, *place) for place in _ALONG]
+        taken.append(_place(axes, canvas, text, ends, axes.get_yaxis_transform(), color, taken))
+    for (label, _, _), x, y in zip(points[:-1], sizes, scores, strict=False):  # the largest is named on its line
+        around = [(x, y, *place) for place in _AROUND]
+        taken.append(_place(axes, canvas, label, around, axes.transData, ink, taken))
+
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    _write_atomic(Path(path), png.getvalue())
+
+
+# Offset in points and alignment of a label, best first: along a horizontal line, and around a dot.
+_FRACTION = {"left": 0.0, "center": 0.5, "right": 1.0}
+_ALONG = [(dx, dy, ha, va) for ha, dx in (("left", 4), ("right", -4), ("center", 0)) for dy, va in ((3, "bottom"), (-4, "top"))]
+_AROUND = [
+    (0, 7, "center", "bottom"),
+    (0, -7, "center", "top"),
+    (8, 0, "left", "center"),
+    (-8, 0, "right", "center"),
+    (6, 6, "left", "bottom"),
+    (6, -6, "left", "top"),
+    (-6, 6, "right", "bottom"),
+    (-6, -6, "right", "top"),
+    *((dx, dy, "center", "bottom" if dy > 0 else "top") for far in (20, 34) for dx in (0, 30, -30) for dy in (far, -far)),
+]
+
+
+def _place(axes, canvas, text: str, candidates: Sequence[tuple], transform, color: str, taken: Sequence[Bbox]) -> Bbox:
+    """Writes `text` where it covers least of what is `taken` and stays within the axes; returns its box in pixels.
+
+    Each candidate is (x, y) under `transform`, (dx, dy) in points and the two alignments; the first best one wins.
+    """
+    frame, best = axes.get_window_extent(), None
+    for x, y, dx, dy, ha, va in candidates:
+        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6} if abs(dy) >= 20 else None
+        note = axes.annotate(
+            text, (x, y), (dx, dy), transform, "offset points", arrowprops=leader, ha=ha, va=va, color=color, fontsize=9
+        )
+        box = note.get_window_extent(canvas.get_renderer())
+        inside = Bbox.intersection(box, frame)
+        cost = box.width * box.height - (inside.width * inside.height if inside else 0.0)
+        overlaps = [overlap for other in taken if (overlap := Bbox.intersection(box, other))]
+        cost += sum(overlap.width * overlap.height for overlap in overlaps)
+        if best is None or cost < best[0]:
+            if best:
+                best[1].remove()
+            best = cost, note, box
+        else:
+            note.remove()
+    assert best is not None
+    return best[2]
+
+
+def _write_atomic(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # in the same directory: same file system
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _jsonable(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)

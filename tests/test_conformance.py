@@ -1,0 +1,91 @@
+"""Conformance with the published projects: one test per case of the golden manifests.
+
+The manifests (`*.json`) drive the tests, not lists of names: put other cases of the same kinds into a directory and point
+`QTX_GOLDEN_DIR` at it. A test's id is PROJECT/CASE, so `-k efficient` selects a project. A kind that no handler
+knows is a failure; kinds that wait for an issue are expected failures that name it.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(os.environ.get("QTX_GOLDEN_DIR") or Path(__file__).parent / "golden")
+
+# Projects without handlers yet, and the issue that brings them.
+PENDING_PROJECTS = {
+    "agnews-quantization": 4,
+    "compressed-transformers": 5,
+    "teacher-intervention": 6,
+    "bittransgnn": 7,
+}
+
+
+@functools.cache
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file."""
+    with np.load(path) as file:
+        return dict(file)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One case: its entry in the manifest, the manifest itself, and its arrays."""
+
+    project: str
+    entry: dict[str, Any]
+    manifest: dict[str, Any]
+    directory: Path
+    section: str
+
+    @property
+    def id(self) -> str:
+        return str(self.entry.get("id") or self.entry.get("case") or self.entry.get("name"))
+
+    @property
+    def kind(self) -> str:
+        return str(self.entry.get("kind") or self.entry.get("case"))
+
+    def file(self, suffix: str = "") -> dict[str, np.ndarray]:
+        return arrays(self.directory / f"{self.project}{suffix}.npz")
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        return {name: self.file()[key] for name, key in self.entry["inputs"].items()}
+
+    def expected(self) -> dict[str, np.ndarray]:
+        return {name: self.file()[key] for name, key in self.entry["expected"].items()}
+
+
+def collect() -> list[Case]:
+    cases = []
+    for path in sorted(GOLDEN.glob("*.json")):
+        manifest = json.loads(path.read_text())
+        for section in ("cases", "bert"):
+            entries = manifest.get(section, [])
+            entries = entries.get("cases", []) if isinstance(entries, dict) else entries
+            cases += [Case(path.stem, entry, manifest, path.parent, section) for entry in entries]
+    return cases
+
+
+CASES = collect()
+
+
+def test_there_are_cases():
+    assert CASES, f"{GOLDEN} holds no manifests"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.project}/{case.id}")
+def test_case(case: Case):
+    if case.project in PENDING_PROJECTS:
+        pytest.xfail(f"{case.project} waits for issue {PENDING_PROJECTS[case.project]}")
+    handlers = importlib.import_module(f"tests.conformance.{case.project.replace('-', '_')}")
+    if case.kind in handlers.PENDING:
+        pytest.xfail(f"kind {case.kind!r} waits for issue {handlers.PENDING[case.kind]}")
+    assert case.kind in handlers.HANDLERS, f"no handler for kind {case.kind!r} of {case.project}"
+    handlers.HANDLERS[case.kind](case)
