@@ -89,3 +89,12 @@ def test_case(case: Case):
         pytest.xfail(f"kind {case.kind!r} waits for issue {handlers.PENDING[case.kind]}")
     assert case.kind in handlers.HANDLERS, f"no handler for kind {case.kind!r} of {case.project}"
     handlers.HANDLERS[case.kind](case)
+
+
+def test_bert_cases_within_the_strict_tolerance():
+    cases = [case for case in CASES if case.kind == "bert_forward"]
+    if not cases:
+        pytest.skip(f"{GOLDEN} holds no whole-model cases")
+    from tests.conformance import bert_cases
+
+    bert_cases.check_strict_shares(cases)

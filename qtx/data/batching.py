@@ -220,12 +220,13 @@ class Batches:
         }
 
 
-def in_order(values: Sequence[np.ndarray], indices: Sequence[np.ndarray]) -> np.ndarray:
+def in_order(values: Sequence[np.ndarray], indices: Sequence[np.ndarray], count: int) -> np.ndarray:
     """Puts what was computed batch by batch back into the order of the examples.
 
     Args:
       values: per batch [B, ...].
       indices: per batch [B], the batch's `index`; filler rows (-1) are left out.
+      count: the number of examples, N.
 
     Returns:
       [N, ...].
@@ -236,7 +237,7 @@ def in_order(values: Sequence[np.ndarray], indices: Sequence[np.ndarray]) -> np.
     index = np.concatenate(indices)
     real = index >= 0
     order = np.argsort(index[real], kind="stable")
-    if not np.array_equal(index[real][order], np.arange(len(order))):
+    if not np.array_equal(index[real][order], np.arange(count)):
         raise ValueError("the batches do not hold every example exactly once")
     return np.concatenate(values)[real][order]
 

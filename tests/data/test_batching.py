@@ -97,6 +97,13 @@ def test_shuffling_depends_on_seed_and_epoch():
     assert np.any(np.diff(plans[0][1]) < 0), "the order of the batches must be shuffled too"
 
 
+def test_batches_are_shuffled_anew_every_epoch():
+    batches = make_batches(some_lengths)
+    n = batches.batches_per_epoch
+    first, second = (np.concatenate([batches[start + i]["index"] for i in range(n)]) for start in (0, n))
+    assert not np.array_equal(first, second)
+
+
 def test_without_shuffling_every_epoch_is_the_same_and_sorted():
     batches = make_batches(some_lengths, shuffle=False, seed=5)
     n = batches.batches_per_epoch
@@ -170,12 +177,12 @@ def test_hosts_read_contiguous_rows_of_the_same_batch():
 def test_predictions_go_back_into_order(shuffle):
     batches = make_batches(some_lengths, batch_size=7, shuffle=shuffle, epochs=1)
     outputs = [(batch["labels"][:, None] * [1.0, 2.0], batch["index"]) for batch in batches]
-    values = in_order(*zip(*outputs, strict=True))
+    values = in_order(*zip(*outputs, strict=True), len(some_lengths))
     np.testing.assert_array_equal(values, np.arange(len(some_lengths))[:, None] * [1.0, 2.0])
     with pytest.raises(ValueError, match="exactly once"):
-        in_order(*zip(*outputs[1:], strict=True))
+        in_order([np.arange(3)], [np.arange(3)], 4)
     with pytest.raises(ValueError, match="exactly once"):
-        in_order(*zip(*outputs, *outputs, strict=True))
+        in_order(*zip(*outputs, *outputs, strict=True), len(some_lengths))
 
 
 # ------------------------------------------------------------------------------------------ bucket lengths
