@@ -98,8 +98,7 @@ class Batches:
 
     A batch is a dict of numpy arrays with B = batch_size / shard_count rows and T one of `buckets`: `input_ids`,
     `attention_mask` and `token_type_ids` [B, T] int32; `labels` [B] int32 or float32; `weights` [B] float32, 0 in
-    filler rows; `index` [B] int32, the example's number, -1 in filler rows. Filler rows attend to one token, so that
-    their softmax is finite.
+    filler rows; `index` [B] int32, the example's number, -1 in filler rows. Filler rows are all padding.
 
     `iter(batches)` is a grain iterator, which reads ahead in a thread; its `get_state()` and `set_state()` are the
     position to save and restore.
@@ -208,8 +207,6 @@ class Batches:
         token = np.where(inside, token, 0)
         ids = np.where(inside, encoded.ids[token], self.pad_id).astype(np.int32)
         types = np.where(inside, encoded.token_type_ids[token], 0).astype(np.int32)
-        ids[~real, 0] = encoded.ids[0]
-        inside[~real, 0] = True
         return {
             "input_ids": ids,
             "attention_mask": inside.astype(np.int32),

@@ -1,6 +1,6 @@
 """Model families and their checkpoints."""
 
-from qtx.models.checkpoints import Pretrained, load, locate, save
+from qtx.models.checkpoints import Pretrained, load, locate, read_config, save
 from qtx.models.families import FAMILIES, Family, get_family
 
-__all__ = ["FAMILIES", "Family", "Pretrained", "get_family", "load", "locate", "save"]
+__all__ = ["FAMILIES", "Family", "Pretrained", "get_family", "load", "locate", "read_config", "save"]

@@ -271,7 +271,7 @@ def _empty(leaf: Any) -> Any:
 def _decode(target: Any, array: Any) -> Any:
     """Gives what was read the kind of the target leaf."""
     if _is_key(target):
-        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(target))
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(jnp.empty((), target.dtype)))
     if isinstance(target, (jax.Array, jax.ShapeDtypeStruct, np.ndarray)):
         return array
     return array[()] if isinstance(target, np.generic) else type(target)(array.item())

@@ -19,6 +19,8 @@ import rich.table
 import rich.text
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
@@ -127,8 +129,8 @@ class Table:
         return format(value, self.formats.get(column, "d" if isinstance(value, numbers.Integral) else ".6g"))
 
     def _numeric(self) -> list[bool]:
-        cells: list[list[Any]] = [[v for row in self.rows if (v := row[i]) is not None] for i in range(len(self.columns))]
-        return [bool(values) and all(map(_is_number, values)) for values in cells]
+        filled = [[row[i] for row in self.rows if row[i] is not None] for i in range(len(self.columns))]
+        return [bool(values) and all(map(_is_number, values)) for values in filled]
 
 
 def plot_accuracy_against_size(
@@ -172,11 +174,12 @@ def plot_accuracy_against_size(
     axes.set_ylabel(ylabel, color=ink)
 
     sizes, scores = [size / 2**20 for _, size, _ in points], [float(score) for _, _, score in points]
-    axes.set_xlim(min(sizes) / 1.6, max(sizes) * 1.9)
+    axes.set_xlim(min(sizes) / 1.8, max(sizes) * 1.8)
     levels = scores + ([baseline[1]] if baseline else [])
     margin = 0.12 * (max(levels) - min(levels)) or 0.05 * abs(levels[0]) or 0.05
     axes.set_ylim(min(levels) - margin, max(levels) + margin)
-    axes.scatter(sizes, scores, s=54, color=accent, edgecolor="white", linewidth=1.2, zorder=3)
+    colors = [accent] * (len(points) - 1) + [grey]
+    axes.scatter(sizes, scores, s=54, color=colors, edgecolor="white", linewidth=1.2, zorder=3)
 
     canvas.draw()  # fixes the layout, which the placing of labels measures
     dots = axes.transData.transform(list(zip(sizes, scores, strict=True)))
@@ -199,7 +202,11 @@ def plot_accuracy_against_size(
 
 # Offset in points and alignment of a label, best first: along a horizontal line, and around a dot.
 _FRACTION = {"left": 0.0, "center": 0.5, "right": 1.0}
-_ALONG = [(dx, dy, ha, va) for ha, dx in (("left", 4), ("right", -4), ("center", 0)) for dy, va in ((3, "bottom"), (-4, "top"))]
+_ALONG = [
+    (dx, dy, ha, va)
+    for ha, dx in (("left", 4), ("right", -4), ("center", 0))
+    for dy, va in ((3, "bottom"), (-4, "top"))
+]
 _AROUND = [
     (0, 7, "center", "bottom"),
     (0, -7, "center", "top"),
@@ -209,7 +216,12 @@ _AROUND = [
     (6, -6, "left", "top"),
     (-6, 6, "right", "bottom"),
     (-6, -6, "right", "top"),
-    *((dx, dy, "center", "bottom" if dy > 0 else "top") for far in (20, 34) for dx in (0, 30, -30) for dy in (far, -far)),
+    *(
+        (dx, dy, "center", "bottom" if dy > 0 else "top")
+        for far in (20, 34, 48, 62)  # with a leader line
+        for dy in (far, -far)
+        for dx in (0, 30, -30, 60, -60)
+    ),
 ]
 
 
@@ -220,11 +232,12 @@ def _place(axes, canvas, text: str, candidates: Sequence[tuple], transform, colo
     """
     frame, best = axes.get_window_extent(), None
     for x, y, dx, dy, ha, va in candidates:
+        halo = [withStroke(linewidth=3, foreground="white")]
         leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6} if abs(dy) >= 20 else None
-        note = axes.annotate(
-            text, (x, y), (dx, dy), transform, "offset points", arrowprops=leader, ha=ha, va=va, color=color, fontsize=9
-        )
-        box = note.get_window_extent(canvas.get_renderer())
+        style = {"ha": ha, "va": va, "color": color, "fontsize": 9, "path_effects": halo, "arrowprops": leader}
+        note = axes.annotate(text, (x, y), (dx, dy), transform, "offset points", **style)
+        note.update_positions(canvas.get_renderer())
+        box = Text.get_window_extent(note, canvas.get_renderer()).padded(2)  # of the text, without its leader line
         inside = Bbox.intersection(box, frame)
         cost = box.width * box.height - (inside.width * inside.height if inside else 0.0)
         overlaps = [overlap for other in taken if (overlap := Bbox.intersection(box, other))]

@@ -1,0 +1,190 @@
+"""The configuration of an experiment: one ConfigDict, read here and nowhere below.
+
+`base()` has every field with its default. A config file changes some and returns it; `--config.field=value` changes more.
+Below this module there are dataclasses only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from qtx.errors import UserError, near_misses
+from qtx.methods.efficient_quantization import Value, policy_of, with_value
+from qtx.nn.aliases import policy as make_policy
+from qtx.quant import Spec, estimator, per_channel, per_embedding, per_group, per_position, per_tensor, per_token
+from qtx.quant.policy import Policy
+from qtx.train.optimizer import OptimizerConfig
+
+GRANULARITIES = {
+    "tensor": per_tensor,
+    "channel": per_channel,
+    "embedding": per_embedding,
+    "position": per_position,
+    "token": per_token,
+}
+
+
+def base() -> ConfigDict:
+    """Returns the default experiment: fine-tune MiniLM on film reviews, W8A8 when quantization is asked for."""
+    return ConfigDict(
+        {
+            "task": "film_reviews",  # a name from qtx.data.tasks, or 'table' or 'folder' with the paths in `data`
+            "seed": 1000,  # of the head, the order of the data and dropout
+            "recipe": ("finetune",),  # names of sections in `phases`, in order
+            "model": {
+                "name": "all-MiniLM-L6-v2",  # directory, packaged model, or Hugging Face id
+                "fresh_head": True,  # initialise pooler and classifier anew
+                "pooling": "cls",  # or 'mean'
+                "hidden_dropout": placeholder(float),  # None: as in the checkpoint
+                "attention_dropout": placeholder(float),
+                "dtype": "float32",  # of the arithmetic: or 'bfloat16'; parameters are float32
+            },
+            "data": {
+                "dir": placeholder(str),  # None: the environment variable QTX_DATA_DIR
+                "seed": 0,  # of splits that are drawn, and of limits
+                "train": "",  # task 'table': file; task 'folder': directory
+                "validation": "",  # task 'table'
+                "text_columns": ("text",),  # task 'table'
+                "label_column": "label",  # task 'table'
+                "limit_train": 0,  # examples; 0: all
+                "limit_eval": 0,
+                "max_length": 128,  # tokens
+                "padding": "bucket",  # or 'max'
+                "buckets": 4,  # compiled lengths at most
+                "eval_batch_size": 64,
+            },
+            "phases": {
+                "finetune": phase(),
+                "qat": phase(quantized=True, learning_rate=2e-5),
+            },
+            "quant": quantization(),
+            "calibration": {
+                "batches": 4,
+                "batch_size": 32,
+                "share_permutation": "",  # role whose channel groups its layer shares, such as 'ffn/down/output'
+                "permutation": "full_precision",  # or 'published'
+            },
+            "checkpoint_every": 500,  # steps; 0: only after each phase
+            "log_every": 20,
+            "model_parallel": 1,  # devices per copy of the model
+            "save_models": True,
+        }
+    )
+
+
+def phase(quantized: bool = False, learning_rate: float = 5e-5) -> ConfigDict:
+    """Returns the section of one phase."""
+    optimizer = dataclasses.asdict(OptimizerConfig(learning_rate=learning_rate))
+    optimizer["range_learning_rate"] = placeholder(float)
+    return ConfigDict(
+        {
+            "epochs": 1.0,
+            "steps": 0,  # overrides epochs if positive
+            "batch_size": 32,
+            "accumulate": 1,  # parts that a batch is worked off in
+            "trainable": ("**",),  # patterns over parameter names
+            "quantized": quantized,  # with the policy of `quant`
+            "ranges": "learned",  # of a quantized phase: 'learned', 'fixed' or 'updated'
+            "optimizer": optimizer,
+        }
+    )
+
+
+def quantization() -> ConfigDict:
+    """Returns the section that describes a policy: W8A8, everything per tensor."""
+    return ConfigDict(
+        {
+            "weight_bits": 8,  # 32: full precision
+            "weight_scheme": "symmetric",  # 'asymmetric', 'ternary', 'binary'
+            "weight_granularity": "tensor",  # 'channel'
+            "weight_estimator": "current_minmax",
+            "weight_options": ConfigDict(convert_dict=True),  # fields of the estimator
+            "activation_bits": 8,
+            "activation_scheme": "asymmetric",
+            "activation_granularity": "tensor",  # 'embedding', 'token', 'position', or a number of groups: '6', '6p'
+            "activation_estimator": "current_minmax",
+            "activation_options": ConfigDict(convert_dict=True),
+            "activation_range": "static",  # 'dynamic'
+            "scale_domain": "linear",  # 'log', 'softplus'
+            "padding": "ignore",  # 'include': padding counts in the ranges, as published
+            "setup": "all",  # 'FP_logits', 'MSE_logits'
+            "overrides": "",  # such as 'x=16, h=16, y=16' or 'y=ngp6, Et=2, z1=fp32'
+        }
+    )
+
+
+def parse_overrides(text: str) -> dict[str, Value]:
+    """Parses `'y=16, h=ngp6, C=fp32'`; raises a `UserError` that shows the broken part."""
+    found: dict[str, Value] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, sign, value = (piece.strip() for piece in part.partition("="))
+        if not sign or not key or not value:
+            raise UserError(f"quant.overrides: {part!r} is not of the form name=value, such as y=16 or h=ngp6")
+        found[key] = int(value) if value.isdigit() else value
+    return found
+
+
+def _granularity(name: str):
+    groups = re.fullmatch(r"(\d+)(p?)", str(name))
+    if groups:
+        return per_group(int(groups[1]), permute=bool(groups[2]))
+    if name not in GRANULARITIES:
+        raise UserError(f"unknown granularity {name!r}{near_misses(name, GRANULARITIES)} (or a number of groups, '6' or '6p')")
+    return GRANULARITIES[name]()
+
+
+def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
+    """Builds the policy that a `quant` section describes; None if everything stays in full precision.
+
+    Args:
+      section: as made by `quantization`.
+      num_layers: of the model.
+
+    Raises:
+      UserError: on unknown schemes, estimators, granularities, keys or values.
+    """
+    weights = activations = None
+    if section.weight_scheme in ("ternary", "binary"):
+        bits = 2 if section.weight_scheme == "ternary" else 1
+        weights = Spec(bits, section.weight_scheme, _granularity(section.weight_granularity), range="dynamic")
+    elif section.weight_bits != 32:
+        how = estimator(section.weight_estimator, **section.weight_options)
+        weights = Spec(
+            section.weight_bits,
+            section.weight_scheme,
+            _granularity(section.weight_granularity),
+            how,
+            scale_domain=section.scale_domain,
+        )
+    if section.activation_bits != 32:
+        how = estimator(section.activation_estimator, padding=section.padding, **section.activation_options)
+        activations = Spec(
+            section.activation_bits,
+            section.activation_scheme,
+            estimator=how,
+            range=section.activation_range,
+            scale_domain=section.scale_domain,
+        )
+    granularity = _granularity(section.activation_granularity)
+    everywhere = None if granularity == per_tensor() else granularity
+    overrides = parse_overrides(section.overrides)
+    if weights is None and activations is None:
+        return None
+    if weights is not None and weights.is_codebook:
+        # Norm scales are not on a codebook: three values cannot hold them.
+        own = {key: overrides.pop(key) for key in ("Et", "wP", "wC") if key in overrides}
+        found = policy_of(None, activations, overrides, num_layers, section.setup, everywhere)
+        eight = Spec(8, "symmetric", per_channel(), range="static")
+        rules = {"**": weights, "**/norm/scale": None}
+        rules |= {key: with_value(eight, value) for key, value in own.items()}
+        return dataclasses.replace(found, weights=make_policy(weights=rules).weights)
+    return policy_of(weights, activations, overrides, num_layers, section.setup, everywhere)
+
+
+def optimizer_from(section: ConfigDict) -> OptimizerConfig:
+    """Reads a phase's `optimizer` section."""
+    return OptimizerConfig(**section.to_dict())

@@ -1,0 +1,263 @@
+"""The entries of config-file experiments: train, quantize, evaluate.
+
+Each takes a configuration and a run directory, and leaves there what explains the run: `config.json`, `metrics.jsonl`,
+TensorBoard files, checkpoints, the models and `report.md`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+from ml_collections import ConfigDict
+
+from qtx import models
+from qtx.errors import UserError, near_misses
+from qtx.experiments.config import optimizer_from, policy_from
+from qtx.experiments.setup import Experiment, setup
+from qtx.export import load_quantized, save_quantized
+from qtx.methods.calibrate import calibrate, quantized_weights
+from qtx.methods.qat import qat_phase
+from qtx.nn.describe import describe
+from qtx.nn.sites import check_policy
+from qtx.quant.policy import Policy
+from qtx.train.loop import Phase, Saving, fit
+from qtx.train.report import Table, save_config, write_text_atomic
+
+
+def _calibration_options(config: ConfigDict) -> dict[str, Any]:
+    c = config.calibration
+    return {"share_permutation": c.share_permutation or None, "permutation": c.permutation}
+
+
+def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
+    """Returns the phases that a configuration names, and the policy that the last one trains with."""
+    config = experiment.config
+    recipe: list[Phase] = []
+    policy: Policy | None = None
+    for name in config.recipe:
+        if name not in config.phases:
+            raise UserError(f"the recipe names an unknown phase {name!r}{near_misses(name, config.phases)}")
+        section = config.phases[name]
+        options: dict[str, Any] = dict(
+            epochs=section.epochs,
+            steps=section.steps,
+            trainable=tuple(section.trainable),
+            accumulate=section.accumulate,
+        )
+        optimizer = optimizer_from(section.optimizer)
+        if not section.quantized:
+            policy = None
+            recipe.append(Phase(name, experiment.model, optimizer, **options))
+            continue
+        policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
+        if policy is None:
+            raise UserError(f"phase {name!r} is quantized, but `quant` keeps everything in full precision")
+        check_policy(policy, experiment.sites())
+        recipe.append(
+            qat_phase(
+                name,
+                experiment.model,
+                policy,
+                experiment.calibration_batches(),
+                optimizer,
+                section.ranges,
+                _calibration_options(config),
+                **options,
+            )
+        )
+    sizes = {config.phases[name].batch_size for name in config.recipe}
+    if len(sizes) > 1:
+        raise UserError(f"the phases of a recipe share one stream of batches: give them one batch_size, not {sorted(sizes)}")
+    return recipe, policy
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Runs the recipe of a configuration and evaluates after every phase.
+
+    A run that was interrupted goes on from its last checkpoint when it is called again with the same directory.
+
+    Args:
+      config: see `qtx.experiments.config`.
+      workdir: run directory, created if needed.
+
+    Returns:
+      `{'params', 'ranges', 'metrics', 'experiment'}`; the metrics are by phase.
+
+    Raises:
+      UserError: on anything that does not fit, before training starts.
+    """
+    workdir = Path(workdir)
+    experiment = setup(config)
+    recipe, policy = make_recipe(experiment)
+    save_config(config, workdir)
+    first = config.phases[config.recipe[0]]
+    batches = experiment.batches("train", first.batch_size, shuffle=True, epochs=None, seed=config.seed)
+    found: dict[str, dict[str, float]] = {}
+    seconds: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def after(phase: Phase, variables: Mapping[str, Any], step: int) -> None:
+        nonlocal clock
+        found[phase.name] = experiment.evaluate(phase.model, variables)
+        seconds[phase.name] = time.perf_counter() - clock
+        clock = time.perf_counter()
+        write_text_atomic(workdir / f"result_{phase.name}.json", json.dumps(found[phase.name] | {"step": step}, indent=2))
+
+    variables = fit(
+        recipe,
+        batches,
+        {"params": experiment.pretrained.params},
+        experiment.mesh,
+        workdir,
+        config.seed,
+        Saving(config.checkpoint_every, config.log_every),
+        after,
+    )
+    save_trained(experiment, recipe[-1], policy, variables, workdir)
+    columns = ["phase", *next(iter(found.values())), "seconds"]
+    table = Table(columns, [[name, *values.values(), seconds[name]] for name, values in found.items()])
+    table.print()
+    table.save(workdir, "report")
+    return {**variables, "metrics": found, "experiment": experiment}
+
+
+def save_trained(
+    experiment: Experiment, last: Phase, policy: Policy | None, variables: Mapping[str, Any], workdir: Path
+) -> None:
+    """Writes the float master as `model/` and, after a quantized phase, the packed artifact as `quantized/`."""
+    if not experiment.config.save_models:
+        return
+    family, sizes = experiment.pretrained.family, experiment.pretrained.config
+    models.save(workdir / "model", family, sizes, variables["params"], experiment.tokenizer)
+    if policy is not None:
+        trained = last.model.policy  # type: ignore[attr-defined]
+        save_quantized(
+            workdir / "quantized", family, sizes, trained, variables["params"], variables["ranges"], experiment.tokenizer
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A model after post-training quantization.
+
+    Attributes:
+      model: module to run: its policy covers the activations.
+      variables: `params` with the weights on their grids, and `ranges`.
+      policy: the whole policy.
+      ranges: of weights and activations.
+      seconds: what calibration took.
+    """
+
+    model: nn.Module
+    variables: dict[str, Any]
+    policy: Policy
+    ranges: dict[str, Any]
+    seconds: float
+
+
+def post_training_quantization(experiment: Experiment, params: Any, policy: Policy, batches) -> Quantized:
+    """Calibrates a trained model and puts its weights on their grids once and for all.
+
+    Args:
+      experiment: for the module and its sites.
+      params: trained parameters.
+      policy: what is quantized, and how.
+      batches: argument tuples for calibration.
+    """
+    start = time.perf_counter()
+    sites = experiment.sites()
+    check_policy(policy, sites)
+    model = experiment.model.clone(policy=policy)
+    ranges = calibrate(model, params, batches, **_calibration_options(experiment.config))
+    frozen = quantized_weights(policy, sites, params, ranges)
+    rest = dataclasses.replace(policy, weights=())
+    runnable = experiment.model.clone(policy=rest if rest.activations or rest.inputs else None)
+    return Quantized(
+        runnable, {"params": frozen, "ranges": ranges}, policy, ranges, time.perf_counter() - start
+    )
+
+
+def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Quantizes a trained checkpoint without training: calibrate, quantize, validate.
+
+    Args:
+      config: `model.name` is the trained checkpoint; `quant` and `calibration` say how.
+      workdir: receives `quantized/` (the packed artifact), `sites.txt` and the report.
+
+    Returns:
+      `{'full_precision', 'quantized', 'weight_bytes'}`.
+
+    Raises:
+      UserError: on anything that does not fit; a checkpoint without a trained head, for one.
+    """
+    workdir = Path(workdir)
+    experiment = setup(config)
+    require_trained(experiment)
+    policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
+    if policy is None:
+        raise UserError("`quant` keeps everything in full precision; set weight_bits or activation_bits below 32")
+    check_policy(policy, experiment.sites())
+    batches = experiment.calibration_batches()
+    save_config(config, workdir)
+    params = experiment.pretrained.params
+    before = experiment.evaluate(experiment.model, {"params": params})
+    quantized = post_training_quantization(experiment, params, policy, batches)
+    after = experiment.evaluate(quantized.model, quantized.variables)
+    family, sizes = experiment.pretrained.family, experiment.pretrained.config
+    directory = workdir / "quantized"
+    size = save_quantized(directory, family, sizes, policy, params, quantized.ranges, experiment.tokenizer)
+    listing = describe(experiment.model.clone(policy=policy), {"params": params}, *batches[0])
+    write_text_atomic(workdir / "sites.txt", f"{listing}\n")
+    full = 4 * sum(x.size for x in _leaves(params))
+    columns = ["model", *before, "MiB of weights"]
+    rows = [["full precision", *before.values(), full / 2**20], ["quantized", *after.values(), size / 2**20]]
+    table = Table(columns, rows)
+    table.print()
+    table.save(workdir, "report")
+    result = {"full_precision": before, "quantized": after, "weight_bytes": size}
+    write_text_atomic(workdir / "result.json", json.dumps(result, indent=2))
+    return result
+
+
+def evaluate(config: ConfigDict, workdir: str | Path | None = None) -> dict[str, float]:
+    """Evaluates a trained checkpoint or a packed artifact (`model.name`) on the task's validation data.
+
+    Args:
+      config: see `qtx.experiments.config`.
+      workdir: receives `result.json`, if given.
+    """
+    packed = Path(config.model.name) / "model.qtx.safetensors"
+    experiment = setup_packed(config) if packed.is_file() else setup(config)
+    if packed.is_file():
+        artifact = load_quantized(packed.parent)
+        model = experiment.model.clone(config=artifact.config, policy=artifact.run_policy)
+        values = experiment.evaluate(model, {"params": artifact.params, "ranges": artifact.ranges})
+    else:
+        require_trained(experiment)
+        values = experiment.evaluate(experiment.model, {"params": experiment.pretrained.params})
+    Table(["model", *values], [[config.model.name, *values.values()]]).print()
+    if workdir is not None:
+        save_config(config, workdir)
+        write_text_atomic(Path(workdir) / "result.json", json.dumps(values, indent=2))
+    return values
+
+
+def require_trained(experiment: Experiment) -> None:
+    """Raises a `UserError` if parts of the head were initialised instead of loaded."""
+    if experiment.pretrained.fresh:
+        raise UserError(
+            f"{experiment.config.model.name} has no trained {' and '.join(experiment.pretrained.fresh)}; fine-tune it first "
+            "(launch/train.py) and give the run's model directory, with model.fresh_head=False"
+        )
+
+
+def _leaves(tree: Any) -> list[Any]:
+    import jax
+
+    return jax.tree.leaves(tree)

@@ -1,0 +1,147 @@
+"""From a configuration to what an experiment is made of: data, model, batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from qtx import data, models
+from qtx.data.batching import Batches, bucket_lengths
+from qtx.errors import UserError, near_misses
+from qtx.nn.sites import SiteInfo, list_sites
+from qtx.train import metrics
+from qtx.train.loop import inputs, predict
+from qtx.train.sharding import make_mesh
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """The parts that every kind of run shares.
+
+    Attributes:
+      config: the resolved configuration.
+      dataset: texts and labels by split.
+      tokenizer: of the checkpoint.
+      pretrained: the checkpoint with its head.
+      model: full-precision module.
+      encoded: token ids by split.
+      mesh: where to compute.
+    """
+
+    config: ConfigDict
+    dataset: data.Dataset
+    tokenizer: PreTrainedTokenizerBase
+    pretrained: models.Pretrained
+    model: nn.Module
+    encoded: dict[str, Any]
+    mesh: Mesh
+
+    @property
+    def task(self) -> data.Task:
+        """What is to be predicted."""
+        return self.dataset.task
+
+    def batches(self, split: str, batch_size: int, shuffle: bool, epochs: int | None, seed: int = 0) -> Batches:
+        """Returns the batches of a split."""
+        encoded, c = self.encoded[split], self.config.data
+        buckets = bucket_lengths(encoded.lengths, c.max_length, c.buckets, c.padding)
+        return Batches(
+            encoded,
+            batch_size,
+            buckets,
+            seed=seed,
+            shuffle=shuffle,
+            pad_id=self.pretrained.config.pad_token_id,
+            epochs=epochs,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+        )
+
+    def calibration_batches(self) -> list[tuple[np.ndarray, ...]]:
+        """Returns the model's arguments for the first training batches (no filler rows, one padded length)."""
+        c = self.config.calibration
+        if c.batches < 1:
+            raise UserError(f"calibration.batches is {c.batches}: calibration needs at least one batch")
+        encoded = self.encoded["train"]
+        longest = bucket_lengths(encoded.lengths, self.config.data.max_length, 1, self.config.data.padding)
+        found = Batches(encoded, c.batch_size, longest, seed=self.config.seed, pad_id=self.pretrained.config.pad_token_id)
+        usable = min(c.batches, len(encoded) // c.batch_size)
+        if usable < 1:
+            raise UserError(f"calibration.batch_size {c.batch_size} is more than the {len(encoded)} training examples")
+        return [inputs(b) for b in (found[i] for i in range(found.batches_per_epoch)) if b["weights"].all()][:usable]
+
+    def sites(self) -> dict[str, SiteInfo]:
+        """Returns the sites of the model."""
+        ids = jnp.zeros((1, 8), jnp.int32)
+        return list_sites(self.model, {"params": self.pretrained.params}, ids, ids, ids)
+
+    def evaluate(self, model: nn.Module, variables: Mapping[str, Any]) -> dict[str, float]:
+        """Returns the task's metrics on its validation splits, with `score`, their mean.
+
+        MNLI's second validation split has its metrics under `mismatched_...`, and the score is the mean of both.
+        """
+        found: dict[str, float] = {}
+        scores = []
+        for split, prefix in (("validation", ""), ("validation_mismatched", "mismatched_")):
+            if split not in self.encoded:
+                continue
+            batches = self.batches(split, self.config.data.eval_batch_size, shuffle=False, epochs=1)
+            logits = predict(model, variables, batches, self.mesh)
+            predictions = metrics.predictions_from_logits(logits, self.task.is_regression)
+            values = metrics.compute(self.task.metrics, predictions, self.encoded[split].labels)
+            found |= {prefix + name: value for name, value in values.items()}
+            scores.append(metrics.score(values))
+        return found | {"score": float(np.mean(scores))}
+
+
+def load_dataset(config: ConfigDict) -> data.Dataset:
+    """Loads the data set that a configuration names."""
+    c = config.data
+    if config.task == "table":
+        return data.load_table(c.train, c.validation, tuple(c.text_columns), c.label_column)
+    if config.task == "folder":
+        return data.load_folder(c.train, seed=c.seed)
+    return data.load(config.task, c.dir, c.seed, c.limit_train or None, c.limit_eval or None)
+
+
+def setup(config: ConfigDict) -> Experiment:
+    """Loads and checks everything that a run needs, cheapest first.
+
+    Raises:
+      UserError: on anything in the configuration, the data or the checkpoint that does not fit.
+    """
+    if config.model.dtype not in DTYPES:
+        raise UserError(f"unknown model.dtype {config.model.dtype!r}{near_misses(config.model.dtype, DTYPES)}")
+    if config.model.pooling not in ("cls", "mean"):
+        raise UserError(f"unknown model.pooling {config.model.pooling!r}; choose from 'cls', 'mean'")
+    mesh = make_mesh(config.model_parallel)
+    directory = models.locate(config.model.name)
+    _, sizes = models.read_config(directory)
+    if config.data.max_length > sizes.max_positions:
+        raise UserError(f"data.max_length {config.data.max_length} exceeds the model's {sizes.max_positions} positions")
+    dataset = load_dataset(config)
+    tokenizer = data.load_tokenizer(directory)
+    data.check_tokenizer(tokenizer, sizes.vocab_size)
+    rates = {k: config.model[k] for k in ("hidden_dropout", "attention_dropout") if config.model[k] is not None}
+    pretrained = models.load(
+        str(directory),
+        num_labels=dataset.task.num_labels,
+        fresh_head=config.model.fresh_head,
+        seed=config.seed,
+        pooling=config.model.pooling,
+        **rates,
+    )
+    encoded = {name: data.encode(tokenizer, split, config.data.max_length) for name, split in dataset.splits.items()}
+    model = pretrained.family.module(config=pretrained.config, dtype=DTYPES[config.model.dtype])
+    return Experiment(config, dataset, tokenizer, pretrained, model, encoded, mesh)

@@ -1,0 +1,78 @@
+"""Phases for quantization-aware training: calibrate, then train through the grids.
+
+Straight-through gradients reach weights and, with `ranges='learned'`, scales and zero points (Esser et al. 2020, Bhalgat et
+al. 2020; without their gradient scaling, as in Bondarenko et al. 2021).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+
+from qtx.errors import UserError
+from qtx.methods.calibrate import Args, calibrate
+from qtx.quant.policy import Policy
+from qtx.quant.spec import Spec
+from qtx.train.loop import Phase
+from qtx.train.optimizer import OptimizerConfig
+
+Ranges = Literal["learned", "fixed", "updated"]
+
+
+def training_policy(policy: Policy, ranges: Ranges) -> Policy:
+    """Returns the policy in the form that training needs.
+
+    Args:
+      policy: of the quantized model.
+      ranges: `'learned'` trains every static range; `'fixed'` keeps what calibration found; `'updated'` re-estimates:
+        weight ranges from the present weights at every step, activation ranges by their estimator.
+    """
+    if ranges not in ("learned", "fixed", "updated"):
+        raise UserError(f"unknown rule {ranges!r} for ranges in training; choose from 'learned', 'fixed', 'updated'")
+
+    def learned(spec: Spec) -> Spec:
+        return dataclasses.replace(spec, range="learned") if spec.range == "static" else spec
+
+    def dynamic(spec: Spec) -> Spec:
+        return dataclasses.replace(spec, range="dynamic")
+
+    if ranges == "learned":
+        return policy.map_specs(learned)
+    if ranges == "updated":
+        return dataclasses.replace(policy, weights=policy.map_specs(dynamic).weights)
+    return policy
+
+
+def qat_phase(
+    name: str,
+    model: nn.Module,
+    policy: Policy,
+    calibration: Sequence[Args],
+    optimizer: OptimizerConfig,
+    ranges: Ranges = "learned",
+    calibration_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> Phase:
+    """Returns a phase that calibrates the model and trains it quantized.
+
+    Args:
+      name: of the phase.
+      model: the full-precision module.
+      policy: what is quantized, and how.
+      calibration: argument tuples for the model.
+      optimizer: its settings.
+      ranges: see `training_policy`.
+      calibration_options: further arguments of `calibrate`.
+      **options: further fields of `Phase`.
+    """
+    return Phase(
+        name,
+        model.clone(policy=training_policy(policy, ranges)),
+        optimizer,
+        prepare=lambda model, params: calibrate(model, params, calibration, **(calibration_options or {})),
+        update_ranges=ranges == "updated",
+        **options,
+    )

@@ -1,0 +1,86 @@
+"""Optimizers over flat trees of named arrays (`params/encoder/.../kernel`, `ranges/.../scale`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import optax
+
+from qtx.errors import UserError
+from qtx.quant.policy import matches
+
+# Biases, norms and ranges are never decayed: a decayed range parameter shrinks its grid.
+NO_DECAY = ("**/bias", "**/norm/scale", "ranges/**")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and decay.
+
+    Attributes:
+      learning_rate: peak.
+      range_learning_rate: peak for learned ranges; None: the same as for weights.
+      warmup: share of the steps with a linearly rising rate.
+      schedule: what follows: linear decay to zero, cosine decay to zero, or constant.
+      weight_decay: decoupled; not for biases, norms and ranges.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment, after bias correction.
+      max_grad_norm: clips the global norm; 0: off.
+    """
+
+    learning_rate: float = 5e-5
+    range_learning_rate: float | None = None
+    warmup: float = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self):
+        if self.schedule not in ("linear", "cosine", "constant"):
+            raise UserError(f"unknown schedule {self.schedule!r}; choose from 'linear', 'cosine', 'constant'")
+        if self.learning_rate <= 0:
+            raise UserError(f"learning_rate must be positive, not {self.learning_rate}")
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"warmup {self.warmup} is a share of the steps: it must lie in [0, 1)")
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Returns the schedule over a phase of `steps` steps, with peak 1."""
+    warm = round(config.warmup * steps)
+    rest = max(steps - warm, 1)
+    after = {
+        "linear": optax.linear_schedule(1.0, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(1.0, rest),
+        "constant": optax.constant_schedule(1.0),
+    }[config.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warm), after], [warm]) if warm else after
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Returns the optimizer for a phase of `steps` steps over a flat dict of arrays by name."""
+    schedule = learning_rate(config, steps)
+
+    def adamw(peak: float) -> optax.GradientTransformation:
+        def decayed(tree):
+            return {name: not any(matches(pattern, name) for pattern in NO_DECAY) for name in tree}
+
+        return optax.chain(
+            optax.scale_by_adam(config.b1, config.b2, config.eps),
+            optax.add_decayed_weights(config.weight_decay, mask=decayed),
+            optax.scale_by_schedule(lambda step: -peak * schedule(step)),
+        )
+
+    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm > 0 else optax.identity()
+    if config.range_learning_rate is None:
+        return optax.chain(clip, adamw(config.learning_rate))
+    groups = {"weights": adamw(config.learning_rate), "ranges": adamw(config.range_learning_rate)}
+
+    def label(tree):
+        return {name: "ranges" if name.startswith("ranges/") else "weights" for name in tree}
+
+    return optax.chain(clip, optax.partition(groups, label))

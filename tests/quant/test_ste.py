@@ -1,0 +1,194 @@
+"""Straight-through gradients against what the docstrings claim, in float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qtx import quant
+from qtx.quant import grid, ste
+
+SCHEMES = {"symmetric": quant.symmetric, "asymmetric": quant.asymmetric}
+
+
+def reference_grads(x, g, scale, zero_point, q_min, q_max):
+    """dx and the element-wise contributions to d scale and d zero point."""
+    ratio = x.astype(np.float64) / np.float64(scale)
+    level = np.rint(np.float32(x) / np.float32(scale)) + zero_point
+    above, below = level > q_max, level < q_min
+    d_scale = np.where(above, q_max - zero_point, np.where(below, q_min - zero_point, level - zero_point - ratio))
+    inside = ~(above | below)
+    return g * inside, g * d_scale, -np.float64(scale) * g * ~inside
+
+
+def test_round_passes_the_gradient():
+    x, g = jnp.array([-2.5, -0.5, 0.5, 1.5, 1.6]), jnp.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    y, pull = jax.vjp(ste.round_ste, x)
+    np.testing.assert_array_equal(y, [-2, 0, 0, 2, 2])
+    np.testing.assert_array_equal(pull(g)[0], g)
+
+
+def test_clip_is_inclusive_at_both_edges():
+    x = jnp.array([-1.0001, -1.0, 0.0, 2.0, 2.0001])
+    y, pull = jax.vjp(lambda x: ste.clip_ste(x, -1.0, 2.0), x)
+    np.testing.assert_array_equal(y, jnp.array([-1.0, -1.0, 0.0, 2.0, 2.0]))
+    np.testing.assert_array_equal(pull(jnp.ones(5))[0], [0, 1, 1, 1, 0])
+
+
+def test_identity_sends_everything_to_its_first_argument():
+    x, q, g = jnp.array([1.0, 2.0]), jnp.array([5.0, 6.0]), jnp.array([3.0, 4.0])
+    y, pull = jax.vjp(ste.identity_ste, x, q)
+    np.testing.assert_array_equal(y, q)
+    dx, dq = pull(g)
+    np.testing.assert_array_equal(dx, g)
+    np.testing.assert_array_equal(dq, [0, 0])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@settings(max_examples=25, deadline=None)
+@given(
+    bits=st.sampled_from([2, 3, 4, 8, 16]),
+    ends=st.tuples(st.floats(-5, 0), st.floats(0.01, 5)),
+    seed=st.integers(0, 2**16),
+)
+def test_uniform_gradients(scheme, bits, ends, seed):
+    spec = SCHEMES[scheme](bits, range="learned")
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((3, 4)) * 3).astype(np.float32)
+    g = rng.standard_normal((3, 4)).astype(np.float32)
+    params = quant.qparams(spec, *(jnp.float32(end) for end in ends))
+    used = grid.affine(spec, params, x.shape)
+    dx, d_scale, d_zero, *d_limits = jax.vjp(ste.uniform, x, *used)[1](g)
+    want = reference_grads(x, g, *(np.asarray(v) for v in used))
+    np.testing.assert_array_equal(dx, want[0].astype(np.float32))
+    # [r] - r loses what float32 holds of r.
+    slack = 2e-7 * 2**bits * np.abs(g).sum()
+    np.testing.assert_allclose(d_scale, want[1].sum(), rtol=2e-5, atol=slack)
+    np.testing.assert_allclose(d_zero, want[2].sum(), rtol=2e-5, atol=1e-6 * float(used.scale) * np.abs(g).sum())
+    assert all(float(d) == 0 for d in d_limits)
+    # A fixed range: the same value and dx, nothing for the rest.
+    y, pull = jax.vjp(ste.uniform_fixed, x, *used)
+    np.testing.assert_array_equal(y, ste.uniform(x, *used))
+    fixed_dx, *others = pull(g)
+    np.testing.assert_array_equal(fixed_dx, dx)
+    assert all(np.all(np.asarray(other) == 0) for other in others)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_elements_on_the_edge_keep_their_gradient(scheme, learned):
+    spec = SCHEMES[scheme](3, range="learned" if learned else "static")
+    step = 0.5
+    q_min, q_max, zero = {"symmetric": (-4, 3, 0), "asymmetric": (0, 7, 3)}[scheme]
+    params = quant.QParams(jnp.float32(step), jnp.float32(zero), jnp.asarray(True))
+    low, high = (q_min - zero) * step, (q_max - zero) * step
+    # Exactly on the ends; rounding onto them from outside; just too far out; far out.
+    x = jnp.array([low, high, low - 0.24, high + 0.24, low - 0.26, high + 0.26, -99.0, 99.0])
+    dx = jax.grad(lambda x: jnp.sum(quant.fake_quant(spec, x, params)))(x)
+    np.testing.assert_array_equal(dx, [1, 1, 1, 1, 0, 0, 0, 0])
+
+
+def test_min_max_ranges_clip_no_gradient():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(1000), jnp.float32)
+    spec = quant.symmetric(8)
+    dx = jax.grad(lambda x: jnp.sum(quant.fake_quant(spec, x, quant.estimate(spec, x))))(x)
+    np.testing.assert_array_equal(dx, np.ones(1000))
+
+
+def surrogate(x, g, stored, domain, zero_point, q_min, q_max, at):
+    """sum g s (clip(x/s + c + z) - z) in float64; c, the rounding residue, and the mask are those at `at`."""
+
+    def scale_of(v):
+        return {"linear": lambda v: v, "log": np.exp, "softplus": lambda v: np.log1p(np.exp(v))}[domain](v)
+
+    ratio = x / scale_of(at)
+    residue = np.rint(ratio) - ratio
+    level = np.rint(ratio) + zero_point
+    scale = scale_of(stored)
+    free = np.clip(x / scale + residue + zero_point, -1e9, 1e9)
+    value = np.where(level > q_max, q_max, np.where(level < q_min, q_min, free))
+    return float(np.sum(g.astype(np.float64) * scale * (value - zero_point)))
+
+
+@pytest.mark.parametrize("domain", ["linear", "log", "softplus"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_learned_scale_against_finite_differences(scheme, domain):
+    spec = SCHEMES[scheme](4, range="learned", scale_domain=domain)
+    rng = np.random.default_rng(3)
+    x, g = (rng.standard_normal(40).astype(np.float32) for _ in range(2))
+    params = quant.qparams(spec, jnp.float32(-0.9), jnp.float32(1.1))  # narrower than the data: both ends clip
+    found = jax.grad(lambda p: jnp.sum(g * quant.fake_quant(spec, x, p)), allow_int=True)(params)
+    used = grid.affine(spec, params, x.shape)
+    limits = [float(v) for v in (used.zero_point, used.q_min, used.q_max)]
+    at, h = float(params.scale), 1e-6
+    high, low = (surrogate(x.astype(np.float64), g, at + d, domain, *limits, at) for d in (h, -h))
+    np.testing.assert_allclose(found.scale, (high - low) / (2 * h), rtol=1e-4)
+    assert abs(float(found.scale)) > 1e-2
+
+
+def test_no_gradient_for_a_scale_below_the_floor():
+    spec = quant.symmetric(8, range="learned", eps=1e-3)
+
+    def value(scale):
+        return jnp.sum(quant.fake_quant(spec, jnp.array([5.0]), quant.QParams(scale, jnp.zeros(()), jnp.asarray(True))))
+
+    assert jax.grad(value)(jnp.float32(9e-4)) == 0
+    assert jax.grad(value)(jnp.float32(1e-3)) == 127  # on the floor: inclusive
+
+
+def test_learned_zero_point_is_straight_through_inside_and_dead_outside():
+    spec = quant.asymmetric(3, range="learned")
+
+    def value(zero):
+        return jnp.sum(quant.fake_quant(spec, jnp.array([99.0, 98.0]), quant.QParams(jnp.float32(0.5), zero, jnp.asarray(False))))
+
+    gradient = jax.grad(value)
+    for zero, want in [(2.3, -1.0), (0.0, -1.0), (7.0, -1.0), (-0.4, -1.0), (7.4, -1.0), (-0.6, 0.0), (7.6, 0.0)]:
+        assert gradient(jnp.float32(zero)) == want, zero
+
+
+def test_symmetric_grids_have_no_zero_point_to_learn():
+    spec = quant.symmetric(3, range="learned")
+    x = jnp.array([9.0, -9.0, 0.3])
+    found = jax.grad(lambda p: jnp.sum(quant.fake_quant(spec, x, p) ** 2), allow_int=True)(
+        quant.qparams(spec, jnp.float32(-1), jnp.float32(1))
+    )
+    assert found.zero_point == 0 and found.scale != 0
+
+
+@pytest.mark.parametrize("permute", [False, True])
+def test_group_ranges_sum_the_gradients_of_their_members(permute):
+    spec = quant.asymmetric(3, quant.per_group(3, permute), range="learned")
+    rng = np.random.default_rng(4)
+    x, g = (rng.standard_normal((2, 4, 6)).astype(np.float32) for _ in range(2))
+    group = jnp.array([1, 0, 2, 2, 0, 1]) if permute else None
+    params = quant.qparams(spec, jnp.array([-0.5, -1.0, -0.2]), jnp.array([0.7, 0.9, 1.5]), group)
+    found = jax.grad(lambda p: jnp.sum(g * quant.fake_quant(spec, x, p)), allow_int=True)(params)
+    members = np.asarray(group) if permute else np.repeat(np.arange(3), 2)
+    for k in range(3):
+        pick = members == k
+        used = float(params.scale[k]), np.rint(float(params.zero_point[k])), 0, 7
+        _, d_scale, d_zero = reference_grads(x[..., pick], g[..., pick], *used)
+        np.testing.assert_allclose(found.scale[k], d_scale.sum(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.zero_point[k], d_zero.sum(), rtol=1e-4, atol=1e-5)
+        assert abs(d_zero.sum()) > 1e-3
+
+
+@pytest.mark.parametrize("rule", ["static", "dynamic"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_ranges_that_are_not_learned_get_no_gradient(scheme, rule):
+    spec = SCHEMES[scheme](3, range=rule)
+    x = jnp.array([5.0, -5.0, 0.3])
+    params = quant.qparams(spec, jnp.float32(-1), jnp.float32(1))
+    found = jax.grad(lambda p: jnp.sum(quant.fake_quant(spec, x, p) ** 2), allow_int=True)(params)
+    assert found.scale == 0 and found.zero_point == 0
+
+
+def test_estimated_ranges_carry_no_gradient():
+    x = jnp.array([[5.0, -5.0, 0.3], [1.0, 2.0, -3.0]])
+    for name in ("current_minmax", "percentile", "mse"):
+        spec = quant.asymmetric(2, estimator=quant.estimator(name), range="learned")
+        gradient = jax.grad(lambda x, spec=spec: quant.estimate(spec, x).scale)(x)
+        np.testing.assert_array_equal(gradient, np.zeros_like(x), err_msg=name)

@@ -1,0 +1,152 @@
+import csv
+import io
+import json
+import os
+
+import ml_collections
+import numpy as np
+import pytest
+import rich.console
+from matplotlib import image
+from ml_collections import config_dict
+
+from qtx.errors import UserError
+from qtx.train import report
+
+
+def test_config_round_trip(tmp_path):
+    config = ml_collections.ConfigDict({"optimizer": {"lr": 1e-3, "betas": (0.9, 0.999)}, "seed": 3})
+    config.steps = config_dict.placeholder(int)
+    config.warmup = config.get_ref("seed") * 2
+    path = report.save_config(config, tmp_path / "run")
+    assert path == tmp_path / "run" / "config.json"
+    loaded = report.load_config(tmp_path / "run")
+    assert isinstance(loaded.optimizer, ml_collections.ConfigDict)
+    assert loaded.optimizer.lr == 1e-3 and list(loaded.optimizer.betas) == [0.9, 0.999]
+    assert loaded.warmup == 6 and loaded.steps is None
+    text = path.read_text()
+    assert text.index('"optimizer"') < text.index('"seed"') < text.index('"steps"') and '\n  "seed": 3' in text
+
+
+def test_no_config_is_refused(tmp_path):
+    config = ml_collections.ConfigDict({"rate": np.float32(0.5), "grid": np.arange(2), "home": tmp_path, "f": max})
+    stored = json.loads(report.save_config(config, tmp_path).read_text())
+    assert stored == {"rate": 0.5, "grid": [0, 1], "home": str(tmp_path), "f": str(max)}
+
+
+@pytest.mark.parametrize("text, message", [(None, "no config.json"), ("{", "not JSON"), ("[1]", "holds a list")])
+def test_a_config_that_cannot_be_loaded(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        report.load_config(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "notes.md"
+    report.write_text_atomic(path, "old\r\n×\n")
+    assert path.read_bytes() == "old\r\n×\n".encode()
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="no space"):
+            report.write_text_atomic(path, "new")
+    assert path.read_text() == "old\n×\n"
+    report.write_text_atomic(path, "new")
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["notes.md"]
+
+
+TABLE = report.Table(
+    columns=["method", "bits", "accuracy", "size"],
+    rows=[["W8|A8", 8, 0.84449, 23_500_000], ["none, at all", None, 0.5, 90]],
+    formats={"accuracy": ".3f", "size": ",d"},
+    title="Results",
+)
+
+
+def test_markdown():
+    assert TABLE.markdown().splitlines() == [
+        "| method       | bits | accuracy |       size |",
+        "| ------------ | ---: | -------: | ---------: |",
+        "| W8\\|A8       |    8 |    0.844 | 23,500,000 |",
+        "| none, at all |      |    0.500 |         90 |",
+    ]
+
+
+def test_csv_keeps_full_precision():
+    header, first, second = csv.reader(io.StringIO(TABLE.csv()))
+    assert header == TABLE.columns
+    assert first == ["W8|A8", "8", "0.84449", "23500000"]
+    assert second == ["none, at all", "", "0.5", "90"]
+
+
+def test_print_aligns_numbers_to_the_right():
+    table = report.Table(["name", "score"], [["[bold]a[/]", 0.5], ["b", 12.25]], {"score": ".1f"}, "Results")
+    console = rich.console.Console(file=io.StringIO(), width=80)
+    table.print(console)
+    text = console.file.getvalue()
+    assert "Results" in text and "[bold]a[/]" in text, "cells are not markup"
+    first, second = (line for line in text.splitlines() if "0.5" in line or "12.2" in line)
+    assert first.index("0.5") + 3 == second.index("12.2") + 4
+
+
+def test_save(tmp_path):
+    TABLE.save(tmp_path / "tables", "results")
+    assert (tmp_path / "tables" / "results.md").read_text() == TABLE.markdown()
+    assert (tmp_path / "tables" / "results.csv").read_text() == TABLE.csv()
+
+
+def test_a_table_that_does_not_add_up():
+    with pytest.raises(ValueError, match="1 values for 2 columns"):
+        report.Table(["a", "b"], [[1]])
+    with pytest.raises(ValueError, match="acc"):
+        report.Table(["a"], [[1]], {"acc": ".3f"})
+    assert report.Table(["a"], []).markdown() == "| a   |\n| --- |\n"
+    mixed = report.Table(["a"], [["n/a"], [0.5]], {"a": ".2f"})
+    assert "| n/a  |" in mixed.markdown() and "| 0.50 |" in mixed.markdown()
+
+
+MIB = 2**20
+POINTS = [("full precision", 90 * MIB, 0.845), ("int8", 23.5 * MIB, 0.844), ("int4", 12 * MIB, 0.7)]
+
+
+def amber(png) -> int:
+    """Counts pixels of the baseline's colour."""
+    return int((np.abs(png[..., :3] - np.array([0xC2, 0x61, 0x0C]) / 255).max(axis=-1) < 0.05).sum())
+
+
+def test_plot_draws_models_and_lines(tmp_path):
+    report.plot_accuracy_against_size(POINTS, tmp_path / "plots" / "size.png", ("TF-IDF", 0.768), "accuracy")
+    report.plot_accuracy_against_size(POINTS, tmp_path / "alone.png")
+    both, alone = image.imread(tmp_path / "plots" / "size.png"), image.imread(tmp_path / "alone.png")
+    assert both.shape == alone.shape == (750, 1200, 4)
+    assert amber(both) > 500 and amber(alone) == 0
+    blue = np.abs(both[..., :3] - np.array([0x25, 0x63, 0xEB]) / 255).max(axis=-1) < 0.05
+    columns = np.flatnonzero(blue.any(axis=0))
+    assert (np.diff(columns) > 1).sum() == 1, "two dots apart from that of full precision"
+    left, right = columns[0], columns[-1]
+    assert (right - left) / 1200 == pytest.approx(np.log2(23.5 / 12) / np.log2(1.8**2 * 90 / 12), abs=0.05)
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_labels_do_not_overlap_and_stay_inside(tmp_path, monkeypatch, count):
+    boxes, place = [], report._place
+    monkeypatch.setattr(report, "_place", lambda *args: boxes.append(place(*args)) or boxes[-1])
+    points = [(f"model {i}", (20 + i % 3) * MIB, 0.8 + 0.001 * i) for i in range(count)]
+    report.plot_accuracy_against_size([("fp32", 90 * MIB, 0.8), *points], tmp_path / "plot.png", ("linear", 0.7))
+    assert len(boxes) == count + 2
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(0 < box.x0 and box.x1 < 1200 and 0 < box.y0 and box.y1 < 750 for box in boxes)
+
+
+def test_plot_input(tmp_path):
+    with pytest.raises(UserError, match="no models"):
+        report.plot_accuracy_against_size([], tmp_path / "plot.png")
+    with pytest.raises(UserError, match="'int8' has size 0"):
+        report.plot_accuracy_against_size([("int8", 0, 0.5)], tmp_path / "plot.png")
+    assert list(tmp_path.iterdir()) == []
