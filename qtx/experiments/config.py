@@ -133,7 +133,9 @@ def _granularity(name: str):
     if groups:
         return per_group(int(groups[1]), permute=bool(groups[2]))
     if name not in GRANULARITIES:
-        raise UserError(f"unknown granularity {name!r}{near_misses(name, GRANULARITIES)} (or a number of groups, '6' or '6p')")
+        raise UserError(
+            f"unknown granularity {name!r}{near_misses(name, GRANULARITIES)} (or a number of groups, '6' or '6p')"
+        )
     return GRANULARITIES[name]()
 
 

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 from ml_collections import ConfigDict
+from qtx.nn.describe import describe
 
 from qtx import models
 from qtx.errors import UserError, near_misses
 from qtx.experiments.config import optimizer_from, policy_from
 from qtx.experiments.setup import Experiment, setup
-from qtx.export import load_quantized, save_quantized
+from qtx.export.packed import save_quantized
 from qtx.methods.calibrate import calibrate, quantized_weights
 from qtx.methods.qat import qat_phase
-from qtx.nn.describe import describe
 from qtx.nn.sites import check_policy
 from qtx.quant.policy import Policy
 from qtx.train.loop import Phase, Saving, fit
@@ -73,7 +74,9 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
         )
     sizes = {config.phases[name].batch_size for name in config.recipe}
     if len(sizes) > 1:
-        raise UserError(f"the phases of a recipe share one stream of batches: give them one batch_size, not {sorted(sizes)}")
+        raise UserError(
+            f"the phases of a recipe share one stream of batches: give them one batch_size, not {sorted(sizes)}"
+        )
     return recipe, policy
 
 
@@ -94,6 +97,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     """
     workdir = Path(workdir)
     experiment = setup(config)
+    if experiment.model.policy is not None:  # type: ignore[attr-defined]
+        raise UserError(
+            f"{config.model.name} is a packed artifact, whose weights are not trained; give a float checkpoint"
+        )
     recipe, policy = make_recipe(experiment)
     save_config(config, workdir)
     first = config.phases[config.recipe[0]]
@@ -107,12 +114,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
         found[phase.name] = experiment.evaluate(phase.model, variables)
         seconds[phase.name] = time.perf_counter() - clock
         clock = time.perf_counter()
-        write_text_atomic(workdir / f"result_{phase.name}.json", json.dumps(found[phase.name] | {"step": step}, indent=2))
+        write_text_atomic(
+            workdir / f"result_{phase.name}.json", json.dumps(found[phase.name] | {"step": step}, indent=2)
+        )
 
     variables = fit(
         recipe,
         batches,
-        {"params": experiment.pretrained.params},
+        experiment.variables,
         experiment.mesh,
         workdir,
         config.seed,
@@ -138,7 +147,13 @@ def save_trained(
     if policy is not None:
         trained = last.model.policy  # type: ignore[attr-defined]
         save_quantized(
-            workdir / "quantized", family, sizes, trained, variables["params"], variables["ranges"], experiment.tokenizer
+            workdir / "quantized",
+            family,
+            sizes,
+            trained,
+            variables["params"],
+            variables["ranges"],
+            experiment.tokenizer,
         )
 
 
@@ -178,9 +193,7 @@ def post_training_quantization(experiment: Experiment, params: Any, policy: Poli
     frozen = quantized_weights(policy, sites, params, ranges)
     rest = dataclasses.replace(policy, weights=())
     runnable = experiment.model.clone(policy=rest if rest.activations or rest.inputs else None)
-    return Quantized(
-        runnable, {"params": frozen, "ranges": ranges}, policy, ranges, time.perf_counter() - start
-    )
+    return Quantized(runnable, {"params": frozen, "ranges": ranges}, policy, ranges, time.perf_counter() - start)
 
 
 def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -199,6 +212,8 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     workdir = Path(workdir)
     experiment = setup(config)
     require_trained(experiment)
+    if experiment.model.policy is not None:  # type: ignore[attr-defined]
+        raise UserError(f"{config.model.name} is quantized already; give the full-precision checkpoint")
     policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
     if policy is None:
         raise UserError("`quant` keeps everything in full precision; set weight_bits or activation_bits below 32")
@@ -214,7 +229,7 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     size = save_quantized(directory, family, sizes, policy, params, quantized.ranges, experiment.tokenizer)
     listing = describe(experiment.model.clone(policy=policy), {"params": params}, *batches[0])
     write_text_atomic(workdir / "sites.txt", f"{listing}\n")
-    full = 4 * sum(x.size for x in _leaves(params))
+    full = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
     columns = ["model", *before, "MiB of weights"]
     rows = [["full precision", *before.values(), full / 2**20], ["quantized", *after.values(), size / 2**20]]
     table = Table(columns, rows)
@@ -232,17 +247,11 @@ def evaluate(config: ConfigDict, workdir: str | Path | None = None) -> dict[str,
       config: see `qtx.experiments.config`.
       workdir: receives `result.json`, if given.
     """
-    packed = Path(config.model.name) / "model.qtx.safetensors"
-    experiment = setup_packed(config) if packed.is_file() else setup(config)
-    if packed.is_file():
-        artifact = load_quantized(packed.parent)
-        model = experiment.model.clone(config=artifact.config, policy=artifact.run_policy)
-        values = experiment.evaluate(model, {"params": artifact.params, "ranges": artifact.ranges})
-    else:
-        require_trained(experiment)
-        values = experiment.evaluate(experiment.model, {"params": experiment.pretrained.params})
+    experiment = setup(config)
+    require_trained(experiment)
+    values = experiment.evaluate(experiment.model, experiment.variables)
     Table(["model", *values], [[config.model.name, *values.values()]]).print()
-    if workdir is not None:
+    if workdir:
         save_config(config, workdir)
         write_text_atomic(Path(workdir) / "result.json", json.dumps(values, indent=2))
     return values
@@ -255,9 +264,3 @@ def require_trained(experiment: Experiment) -> None:
             f"{experiment.config.model.name} has no trained {' and '.join(experiment.pretrained.fresh)}; fine-tune it first "
             "(launch/train.py) and give the run's model directory, with model.fresh_head=False"
         )
-
-
-def _leaves(tree: Any) -> list[Any]:
-    import jax
-
-    return jax.tree.leaves(tree)

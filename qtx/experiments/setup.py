@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from qtx import data, models
 from qtx.data.batching import Batches, bucket_lengths
 from qtx.errors import UserError, near_misses
+from qtx.export.packed import WEIGHTS_FILE, load_quantized
 from qtx.nn.sites import SiteInfo, list_sites
 from qtx.train import metrics
 from qtx.train.loop import inputs, predict
@@ -34,7 +36,8 @@ class Experiment:
       dataset: texts and labels by split.
       tokenizer: of the checkpoint.
       pretrained: the checkpoint with its head.
-      model: full-precision module.
+      model: full-precision module, or that of a packed artifact.
+      ranges: of a packed artifact; else empty.
       encoded: token ids by split.
       mesh: where to compute.
     """
@@ -44,8 +47,14 @@ class Experiment:
     tokenizer: PreTrainedTokenizerBase
     pretrained: models.Pretrained
     model: nn.Module
+    ranges: dict[str, Any]
     encoded: dict[str, Any]
     mesh: Mesh
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model is applied to."""
+        return {"params": self.pretrained.params, "ranges": self.ranges}
 
     @property
     def task(self) -> data.Task:
@@ -75,7 +84,9 @@ class Experiment:
             raise UserError(f"calibration.batches is {c.batches}: calibration needs at least one batch")
         encoded = self.encoded["train"]
         longest = bucket_lengths(encoded.lengths, self.config.data.max_length, 1, self.config.data.padding)
-        found = Batches(encoded, c.batch_size, longest, seed=self.config.seed, pad_id=self.pretrained.config.pad_token_id)
+        found = Batches(
+            encoded, c.batch_size, longest, seed=self.config.seed, pad_id=self.pretrained.config.pad_token_id
+        )
         usable = min(c.batches, len(encoded) // c.batch_size)
         if usable < 1:
             raise UserError(f"calibration.batch_size {c.batch_size} is more than the {len(encoded)} training examples")
@@ -133,15 +144,25 @@ def setup(config: ConfigDict) -> Experiment:
     dataset = load_dataset(config)
     tokenizer = data.load_tokenizer(directory)
     data.check_tokenizer(tokenizer, sizes.vocab_size)
-    rates = {k: config.model[k] for k in ("hidden_dropout", "attention_dropout") if config.model[k] is not None}
-    pretrained = models.load(
-        str(directory),
-        num_labels=dataset.task.num_labels,
-        fresh_head=config.model.fresh_head,
-        seed=config.seed,
-        pooling=config.model.pooling,
-        **rates,
-    )
+    model, ranges, pretrained = _load_model(config, directory, dataset.task)
     encoded = {name: data.encode(tokenizer, split, config.data.max_length) for name, split in dataset.splits.items()}
-    model = pretrained.family.module(config=pretrained.config, dtype=DTYPES[config.model.dtype])
-    return Experiment(config, dataset, tokenizer, pretrained, model, encoded, mesh)
+    return Experiment(config, dataset, tokenizer, pretrained, model, ranges, encoded, mesh)
+
+
+def _load_model(
+    config: ConfigDict, directory: Path, task: data.Task
+) -> tuple[nn.Module, dict[str, Any], models.Pretrained]:
+    dtype = DTYPES[config.model.dtype]
+    if (directory / WEIGHTS_FILE).is_file():
+        artifact = load_quantized(directory)
+        if artifact.config.num_labels != task.num_labels:
+            raise UserError(
+                f"{directory} has {artifact.config.num_labels} labels, task {task.name!r} has {task.num_labels}"
+            )
+        pretrained = models.Pretrained(artifact.family, artifact.config, artifact.params, (), directory)
+        return artifact.model.clone(dtype=dtype), artifact.ranges, pretrained
+    rates = {k: config.model[k] for k in ("hidden_dropout", "attention_dropout") if config.model[k] is not None}
+    if config.model.fresh_head:
+        rates["pooling"] = config.model.pooling
+    pretrained = models.load(str(directory), task.num_labels, config.model.fresh_head, config.seed, **rates)
+    return pretrained.family.module(config=pretrained.config, dtype=dtype), {}, pretrained

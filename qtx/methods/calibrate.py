@@ -10,6 +10,7 @@ section 5). Weight ranges do not depend on data and are found first, one compile
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -103,7 +104,8 @@ def permutation_groups(
     def record(args: Args) -> dict[str, tuple[jax.Array, jax.Array]]:
         _, found = recorder.apply({"params": params}, *args, mutable=["captures"])
         captured = traverse_util.flatten_dict(found["captures"], sep="/")
-        return {name: rows.extremes(captured[name], spec.granularity.axis) for name, spec in wanted.items()}
+        axes = {name: spec.granularity.axis for name, spec in wanted.items()}
+        return {name: rows.extremes(captured[name], axis) for name, axis in axes.items() if isinstance(axis, int)}
 
     lows: dict[str, Any] = {}
     highs: dict[str, Any] = {}
@@ -127,8 +129,6 @@ def permutation_groups(
 
 
 def _dynamic(spec: Spec) -> Spec:
-    import dataclasses
-
     return dataclasses.replace(spec, range="dynamic")
 
 
@@ -172,16 +172,13 @@ def calibrate(
     ]
     if not observed:
         return ranges
-    groups = permutation_groups(
-        model, params, batches, sites, share_permutation, published=permutation == "published"
-    )
+    groups = permutation_groups(model, params, batches, sites, share_permutation, published=permutation == "published")
 
     @jax.jit
     def step(collections: dict[str, Any], args: Args) -> dict[str, Any]:
-        _, updated = model.apply(
-            {"params": params, "groups": groups, **collections}, *args, mutable=["ranges", "observers"]
-        )
-        return updated
+        given = {"params": params, "groups": groups, **collections}
+        _, updated = model.apply(given, *args, mutable=["ranges", "observers"])
+        return dict(updated)
 
     collections: dict[str, Any] = {"ranges": ranges}
     for args in batches:

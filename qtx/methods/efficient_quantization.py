@@ -108,7 +108,7 @@ def policy_of(
     if setup == "FP_logits":
         specs["C"] = None
 
-    rules = {}
+    rules: dict[str, Spec | None] = {}
     for name, spec in specs.items():
         patterns = ("encoder/embeddings/norm/output",) if name == "norm" else expand("activation", name)
         rules |= {pattern: spec for pattern in patterns}

@@ -58,7 +58,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
     if own.get("logit_range") is not None:
         own["logit_range"] = tuple(own["logit_range"])
     labels = len(hf["id2label"]) if "id2label" in hf else hf.get("num_labels", 2)
-    return BertConfig(**{ours: hf[theirs] for theirs, ours in _FIELDS.items() if theirs in hf}, num_labels=labels, **own)
+    return BertConfig(
+        **{ours: hf[theirs] for theirs, ours in _FIELDS.items() if theirs in hf}, num_labels=labels, **own
+    )
 
 
 def config_to_hf(config: BertConfig) -> dict[str, Any]:

@@ -171,7 +171,11 @@ def load(
         if theirs.startswith(family.ignored) or (family.prefix + theirs).startswith(family.ignored):
             continue
         parts = _to_qtx_name(family, theirs)
-        path = next((f"{parts[0]}/{leaf}" for leaf in _LEAVES[parts[1]] if f"{parts[0]}/{leaf}" in expected), None) if parts else None
+        path = (
+            next((f"{parts[0]}/{leaf}" for leaf in _LEAVES[parts[1]] if f"{parts[0]}/{leaf}" in expected), None)
+            if parts
+            else None
+        )
         if path is None:
             extra.append(theirs)
             continue
@@ -187,10 +191,14 @@ def load(
     fresh = sorted({path.rpartition("/")[0] for path in expected if path not in found})
     missing = [path for path in fresh if not path.startswith(family.fresh)]
     if missing:
-        raise UserError(f"{directory}: the checkpoint lacks {missing[0]!r} and {len(missing) - 1} more parts of the encoder")
+        raise UserError(
+            f"{directory}: the checkpoint lacks {missing[0]!r} and {len(missing) - 1} more parts of the encoder"
+        )
     for path, value in found.items():
         if value.shape != expected[path].shape:
-            remedy = "load it with fresh_head=True" if path.startswith(family.fresh) else "its config.json does not fit it"
+            remedy = (
+                "load it with fresh_head=True" if path.startswith(family.fresh) else "its config.json does not fit it"
+            )
             raise UserError(f"{directory}: {path} has shape {value.shape}, expected {expected[path].shape}; {remedy}")
     if fresh:
         ids = jnp.zeros((1, 8), jnp.int32)
@@ -216,7 +224,9 @@ def to_hf_tensors(family: Family, params: Mapping[str, Any]) -> dict[str, np.nda
     return tensors
 
 
-def save(directory: str | Path, family: Family, config: BertConfig, params: Mapping[str, Any], tokenizer: Any = None) -> None:
+def save(
+    directory: str | Path, family: Family, config: BertConfig, params: Mapping[str, Any], tokenizer: Any = None
+) -> None:
     """Writes a checkpoint that `transformers` loads.
 
     Files appear under their names only when they are whole.

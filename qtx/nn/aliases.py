@@ -58,7 +58,9 @@ def expand(kind: Kind, name: str) -> tuple[str, ...]:
     found = re.fullmatch(r"([A-Za-z]+)(\d+)?", name)
     table = ALIASES[kind]
     if not found or found[1] not in table or (found[2] and "{i}" not in table[found[1]][0]):
-        raise UserError(f"unknown {kind} site {name!r}{near_misses(name, table)} (or write a pattern such as '**/ffn/**')")
+        raise UserError(
+            f"unknown {kind} site {name!r}{near_misses(name, table)} (or write a pattern such as '**/ffn/**')"
+        )
     return tuple(pattern.replace("{i}", found[2] or "*") for pattern in table[found[1]])
 
 

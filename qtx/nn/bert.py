@@ -26,7 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qtx.nn.layers import Dense, Embed, LayerNorm
+from qtx.nn.layers import Dense, Embed, LayerNorm, dropout
 from qtx.nn.sites import site
 from qtx.quant.policy import Policy
 from qtx.quant.ste import clip_ste
@@ -98,7 +98,7 @@ class _Block(nn.Module):
         return LayerNorm(self.config.layer_norm_eps, self.dtype, self.policy, name=name)
 
     def dropout(self, x: jax.Array, deterministic: bool, rate: float | None = None) -> jax.Array:
-        return nn.Dropout(self.config.hidden_dropout if rate is None else rate)(x, deterministic=deterministic)
+        return dropout(self, x, self.config.hidden_dropout if rate is None else rate, deterministic)
 
 
 class Embeddings(_Block):

@@ -95,8 +95,6 @@ def estimated_range(spec: Spec, state: State) -> tuple[jax.Array, jax.Array]:
     return state.low, state.high
 
 
-def estimate(
-    spec: Spec, x: jax.Array, where: jax.Array | None = None, group: jax.Array | None = None
-) -> grid.QParams:
+def estimate(spec: Spec, x: jax.Array, where: jax.Array | None = None, group: jax.Array | None = None) -> grid.QParams:
     """Returns the quantizer parameters for one tensor; arguments as in `observe`."""
     return grid.qparams(spec, *estimated_range(spec, observe(spec, None, x, where, group)), group)

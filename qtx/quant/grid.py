@@ -108,8 +108,8 @@ def affine(spec: Spec, params: QParams, shape: tuple[int, ...]) -> Affine:
     scale = effective_scale(spec, params.scale)
     zero_point = effective_zero_point(spec, params.zero_point)
     q_min, q_max = limits(spec, params.signed)
-    spread = (rows.expand(v, spec.granularity, shape, params.group) for v in (scale, zero_point))
-    return Affine(*spread, q_min, q_max)
+    scale = rows.expand(scale, spec.granularity, shape, params.group)
+    return Affine(scale, rows.expand(zero_point, spec.granularity, shape, params.group), q_min, q_max)
 
 
 def fake_quant(spec: Spec, x: jax.Array, params: QParams | None = None) -> jax.Array:

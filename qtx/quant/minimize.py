@@ -43,7 +43,7 @@ class _State(NamedTuple):
     f_third: jax.Array
     step: jax.Array  # last step
     before: jax.Array  # step before last
-    count: jax.Array
+    calls: jax.Array
     points: jax.Array | None
 
 
@@ -81,7 +81,7 @@ def minimize_bounded(
 
     def unfinished(state: _State) -> jax.Array:
         _, tol2, middle = tolerances(state)
-        return (jnp.abs(state.best - middle) > tol2 - 0.5 * (state.high - state.low)) & (state.count < max_evaluations)
+        return (jnp.abs(state.best - middle) > tol2 - 0.5 * (state.high - state.low)) & (state.calls < max_evaluations)
 
     def advance(s: _State) -> _State:
         tol1, tol2, middle = tolerances(s)
@@ -114,7 +114,7 @@ def minimize_bounded(
         def pick(new, shifted, placed, kept):
             return jnp.where(better, new, jnp.where(runner_up, shifted, jnp.where(also_ran, placed, kept)))
 
-        points = None if s.points is None else s.points.at[s.count].set(u)
+        points = None if s.points is None else s.points.at[s.calls].set(u)
         return _State(
             low=jnp.where(to_low, edge, s.low),
             high=jnp.where(to_low, s.high, edge),
@@ -126,7 +126,7 @@ def minimize_bounded(
             f_third=pick(s.f_second, s.f_second, fu, s.f_third),
             step=step,
             before=before,
-            count=s.count + 1,
+            calls=s.calls + 1,
             points=points,
         )
 
@@ -136,4 +136,4 @@ def minimize_bounded(
     points = jnp.full(max_evaluations, jnp.nan, dtype).at[0].set(x) if keep_points else None
     start = _State(low, high, x, fx, x, fx, x, fx, zero, zero, jnp.int32(1), points)
     end = jax.lax.while_loop(unfinished, advance, start)
-    return Minimum(end.best, end.f_best, end.count, end.points)
+    return Minimum(end.best, end.f_best, end.calls, end.points)

@@ -22,7 +22,7 @@ Kind = Literal["weight", "activation", "input"]
 KINDS: tuple[Kind, ...] = ("weight", "activation", "input")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"(\*\*/|\*\*|\*)", pattern)
     translated = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}

@@ -65,9 +65,7 @@ def max_shift(spec: Spec) -> int:
     return 2**spec.bits // 4
 
 
-def row_losses(
-    spec: Spec, x: jax.Array, weight: jax.Array | None, low: jax.Array, high: jax.Array
-) -> jax.Array:
+def row_losses(spec: Spec, x: jax.Array, weight: jax.Array | None, low: jax.Array, high: jax.Array) -> jax.Array:
     """Returns the loss of one candidate range per row, `[rows]`.
 
     Args:

@@ -43,7 +43,9 @@ class Granularity:
         if isinstance(self.axis, str):
             _choice("granularity axis", self.axis, ("channel", "token"))
         if self.groups is not None and (not isinstance(self.axis, int) or self.groups < 1):
-            raise UserError(f"groups={self.groups} needs one axis to group along and at least one group; use per_group(K)")
+            raise UserError(
+                f"groups={self.groups} needs one axis to group along and at least one group; use per_group(K)"
+            )
         if self.permute and self.groups is None:
             raise UserError("permute=True needs groups; use per_group(K, permute=True)")
 
@@ -109,7 +111,9 @@ class MinMax:
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum {self.momentum} is outside [0, 1)")
         if not 0 <= self.percentile < 50:
-            raise UserError(f"percentile {self.percentile} is outside [0, 50); 0 switches it off, 1 trims 1 % at each end")
+            raise UserError(
+                f"percentile {self.percentile} is outside [0, 50); 0 switches it off, 1 trims 1 % at each end"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,9 +222,13 @@ class Spec:
             if self.bits != fixed:
                 raise UserError(f"{self.scheme} takes bits={fixed}, not {self.bits}; use qtx.{self.scheme}()")
             if self.range != "dynamic":
-                raise UserError(f"{self.scheme} scales come from the tensor itself; use range='dynamic', not {self.range!r}")
+                raise UserError(
+                    f"{self.scheme} scales come from the tensor itself; use range='dynamic', not {self.range!r}"
+                )
         elif not 2 <= self.bits <= 16:
-            raise UserError(f"{self.bits} bits: uniform grids take 2 to 16; for fewer use qtx.ternary() or qtx.binary()")
+            raise UserError(
+                f"{self.bits} bits: uniform grids take 2 to 16; for fewer use qtx.ternary() or qtx.binary()"
+            )
         is_entropy = isinstance(self.estimator, Search) and self.estimator.loss == "cross_entropy"
         if is_entropy and self.granularity.axis is not None:
             raise UserError("the cross-entropy search looks at whole rows of logits: it needs per_tensor() granularity")

@@ -41,9 +41,7 @@ identity_ste.defvjp(lambda x, q: (q, None), lambda _, g: (g, jnp.zeros_like(g)))
 def _sum_to(g: jax.Array, like: jax.Array) -> jax.Array:
     """Sums `g` over the axes along which `like` was broadcast."""
     lead = g.ndim - like.ndim
-    axes = tuple(range(lead)) + tuple(
-        lead + i for i, n in enumerate(like.shape) if n == 1 and g.shape[lead + i] != 1
-    )
+    axes = tuple(range(lead)) + tuple(lead + i for i, n in enumerate(like.shape) if n == 1 and g.shape[lead + i] != 1)
     return jnp.sum(g, axes, keepdims=False).reshape(like.shape).astype(like.dtype)
 
 

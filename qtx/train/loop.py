@@ -36,7 +36,7 @@ from qtx.train.logging import MetricsLog, progress
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
 from qtx.train.sharding import replicate, shard_batch, shard_tree
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Any]  # named arrays, see qtx.data.batching
 Forward = Callable[..., tuple[Any, dict[str, Any]]]
 Objective = Callable[[Forward, Batch, Any], tuple[jax.Array, jax.Array]]
 
@@ -165,11 +165,9 @@ def make_step(
         def forward(batch: Batch, capture: bool = False, **collections: Any):
             mutable = ["captures"] * capture + ["ranges", "observers"] * phase.update_ranges
             given = variables | collections | ({"observers": state.observers} if phase.update_ranges else {})
-            args = (given, *inputs(batch))
-            options = dict(deterministic=False, rngs={"dropout": key})
-            if not mutable:
-                return phase.model.apply(*args, **options), {}
-            outputs, changed = phase.model.apply(*args, **options, mutable=mutable)
+            outputs, changed = phase.model.apply(
+                given, *inputs(batch), deterministic=False, rngs={"dropout": key}, mutable=mutable
+            )
             updated.update({name: changed[name] for name in ("ranges", "observers") if name in changed})
             return outputs, changed.get("captures", {})
 
@@ -263,7 +261,9 @@ def fit(
         if length < 1:
             raise UserError(f"phase {phase.name!r} has no steps; give it epochs or steps above zero")
         if phase.update_ranges and phase.accumulate > 1:
-            raise UserError(f"phase {phase.name!r}: ranges cannot be re-estimated while a batch is accumulated from parts")
+            raise UserError(
+                f"phase {phase.name!r}: ranges cannot be re-estimated while a batch is accumulated from parts"
+            )
         if batches.batch_size % phase.accumulate:
             raise UserError(f"batch size {batches.batch_size} cannot be worked off in {phase.accumulate} equal parts")
     ends = np.cumsum(lengths)
@@ -277,7 +277,9 @@ def fit(
         resumed = checkpoints.latest_step()
         position = int(np.searchsorted(ends, resumed, side="left")) if resumed is not None else 0
         if resumed is not None and position >= len(recipe):
-            raise UserError(f"{workdir} holds a checkpoint of step {resumed}, the recipe ends at {ends[-1]}; use another workdir")
+            raise UserError(
+                f"{workdir} holds a checkpoint of step {resumed}, the recipe ends at {ends[-1]}; use another workdir"
+            )
         for number in range(position, len(recipe)):
             phase, end = recipe[number], int(ends[number])
             start = end - lengths[number]
@@ -337,7 +339,9 @@ def _run_phase(phase, state, optimizer, iterator, end, seed, mesh, saving, check
                 values = jax.device_get(pending)
                 loss = float(np.mean([m["loss"] for _, m in values]))
                 if not math.isfinite(loss):
-                    raise UserError(f"phase {phase.name!r}: the loss is {loss} around step {step}; lower the learning rate")
+                    raise UserError(
+                        f"phase {phase.name!r}: the loss is {loss} around step {step}; lower the learning rate"
+                    )
                 rate = examples / max(time.perf_counter() - since, 1e-9)
                 norm = float(np.mean([m["grad_norm"] for _, m in values]))
                 log.write(step, {"loss": loss, "grad_norm": norm, "examples_per_second": rate}, prefix=f"{phase.name}/")
@@ -351,7 +355,8 @@ def _run_phase(phase, state, optimizer, iterator, end, seed, mesh, saving, check
 
 @partial(jax.jit, static_argnums=0)
 def _logits(model: nn.Module, variables: Mapping[str, Any], args: tuple[jax.Array, ...]) -> jax.Array:
-    return model.apply(variables, *args).logits
+    outputs: Any = model.apply(variables, *args)
+    return outputs.logits
 
 
 def predict(model: nn.Module, variables: Mapping[str, Any], batches: Batches, mesh: Mesh) -> np.ndarray:
@@ -364,7 +369,10 @@ def predict(model: nn.Module, variables: Mapping[str, Any], batches: Batches, me
       mesh: where to compute.
     """
     with jax.set_mesh(mesh):
-        placed = {"params": shard_tree(variables["params"], mesh), "ranges": replicate(variables.get("ranges", {}), mesh)}
+        placed = {
+            "params": shard_tree(variables["params"], mesh),
+            "ranges": replicate(variables.get("ranges", {}), mesh),
+        }
         found = [(_logits(model, placed, inputs(shard_batch(batch, mesh))), batch["index"]) for batch in batches]
     logits, indices = zip(*jax.device_get(found), strict=True)
     return in_order(logits, indices, len(batches.encoded))

@@ -186,7 +186,10 @@ def run_forward(case_key):
     injected = model.clone(policy=policy.map_specs(expanded))
     stored = stored_ranges(case, data, sites, f"{case.id}/out/ranges/")
     fits = {name: shaped(policy, sites[name], name, value) for name, value in stored.items()}
-    ranges = traverse_util.unflatten_dict(fits, sep="/", )
+    ranges = traverse_util.unflatten_dict(
+        fits,
+        sep="/",
+    )
     a = jax.jit(injected.apply)({"params": params, "ranges": ranges}, *evaluate)
 
     quantized = model.clone(policy=policy)

@@ -260,7 +260,10 @@ def quantization_manager(case):
         x = given[f"batch{source[name]}"]
         # The scale in force differs between the steps; a tie can fall either way, by at most one step.
         close = np.abs(np.asarray(value) - want[name]) <= 1e-6 * np.abs(want[name]) + 1e-7 * scale
-        assert np.mean(close) >= 0.98 and np.all(np.abs(np.asarray(value) - want[name]) <= 1.01 * scale), (name, x.shape)
+        assert np.mean(close) >= 0.98 and np.all(np.abs(np.asarray(value) - want[name]) <= 1.01 * scale), (
+            name,
+            x.shape,
+        )
 
 
 def check_slack(got, want, step, share=0.01):

@@ -51,7 +51,9 @@ def test_rows_of_zeros_stay_zeros(scheme):
     x = jnp.array([[0.0, 0.0, -0.0], [1.0, -2.0, 0.1]])
     y = np.asarray(quant.fake_quant(spec, x))
     np.testing.assert_array_equal(y[0], [0, 0, 0])
-    np.testing.assert_allclose(y[1], [1.5, -1.5, 0] if scheme == "ternary" else np.array([1, -1, 1]) * 3.1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(
+        y[1], [1.5, -1.5, 0] if scheme == "ternary" else np.array([1, -1, 1]) * 3.1 / 3, rtol=1e-6
+    )
 
 
 def test_binary_sign_of_zero_is_plus():

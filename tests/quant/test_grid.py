@@ -193,7 +193,9 @@ def test_sixteen_bit_floats_are_quantized_in_float32(scheme, dtype, learned):
     assert y.dtype == dtype
     exact = quant.fake_quant(spec, x.astype(jnp.float32), params)
     np.testing.assert_array_equal(y, exact.astype(dtype))
-    np.testing.assert_array_equal(quant.quantize(spec, x, params)[0], quant.quantize(spec, x.astype(jnp.float32), params)[0])
+    np.testing.assert_array_equal(
+        quant.quantize(spec, x, params)[0], quant.quantize(spec, x.astype(jnp.float32), params)[0]
+    )
     gradient = jax.grad(lambda x: jnp.sum(quant.fake_quant(spec, x, params).astype(jnp.float32)))(x)
     assert gradient.dtype == dtype
 
@@ -214,9 +216,9 @@ def test_scale_domains_are_inverses(domain, scale):
     stored = grid.to_domain(spec, jnp.float32(scale))
     np.testing.assert_allclose(grid.effective_scale(spec, stored), scale, rtol=5e-6)
     if domain != "linear":
-        assert abs(float(stored) - (np.log(scale) if domain == "log" else scale + np.log(-np.expm1(-scale)))) <= 2e-6 * (
-            1 + abs(float(stored))
-        )
+        assert abs(
+            float(stored) - (np.log(scale) if domain == "log" else scale + np.log(-np.expm1(-scale)))
+        ) <= 2e-6 * (1 + abs(float(stored)))
 
 
 def test_linear_scale_has_a_floor():

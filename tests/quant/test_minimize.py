@@ -44,7 +44,11 @@ def test_points_in_order():
     optimize.minimize_scalar(function, bounds=(0, 2), method="bounded")
     with jax.enable_x64(True):
         got = quant.minimize_bounded(
-            lambda x: (x - 0.3) ** 2 + jnp.sin(9 * x), jnp.float64(0), jnp.float64(2), max_evaluations=60, keep_points=True
+            lambda x: (x - 0.3) ** 2 + jnp.sin(9 * x),
+            jnp.float64(0),
+            jnp.float64(2),
+            max_evaluations=60,
+            keep_points=True,
         )
     assert got.points.shape == (60,)
     np.testing.assert_allclose(got.points[: len(seen)], seen, atol=1e-9)
@@ -59,9 +63,9 @@ def test_stops_at_the_limit(limit):
 
 def test_maps_over_rows_and_runs_in_float32():
     centres = jnp.array([0.1, 0.5, 0.9], jnp.float32)
-    got = jax.jit(
-        jax.vmap(lambda c: quant.minimize_bounded(lambda x: (x - c) ** 2, jnp.float32(0), jnp.float32(1)))
-    )(centres)
+    got = jax.jit(jax.vmap(lambda c: quant.minimize_bounded(lambda x: (x - c) ** 2, jnp.float32(0), jnp.float32(1))))(
+        centres
+    )
     assert got.x.dtype == jnp.float32
     np.testing.assert_allclose(got.x, centres, atol=1e-4)
     assert np.all(np.asarray(got.evaluations) < 50)

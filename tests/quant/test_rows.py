@@ -66,7 +66,10 @@ def test_mean_of_a_selection():
 
 
 @settings(max_examples=40, deadline=None)
-@given(ranges=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 7.0, 9.0]), min_size=12, max_size=12), k=st.sampled_from([1, 2, 3, 4, 6, 12]))
+@given(
+    ranges=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 7.0, 9.0]), min_size=12, max_size=12),
+    k=st.sampled_from([1, 2, 3, 4, 6, 12]),
+)
 def test_groups_by_range(ranges, k):
     group = np.asarray(rows.groups_by_range(jnp.asarray(ranges, jnp.float32), k))
     assert np.all(np.bincount(group, minlength=k) == 12 // k)
@@ -75,7 +78,9 @@ def test_groups_by_range(ranges, k):
 
 
 def test_the_widest_channels_share_the_last_group():
-    np.testing.assert_array_equal(rows.groups_by_range(jnp.array([9.0, 1.0, 5.0, 1.0, 9.5, 5.0]), 3), [2, 0, 1, 0, 2, 1])
+    np.testing.assert_array_equal(
+        rows.groups_by_range(jnp.array([9.0, 1.0, 5.0, 1.0, 9.5, 5.0]), 3), [2, 0, 1, 0, 2, 1]
+    )
 
 
 def test_extremes():

@@ -54,7 +54,9 @@ def data(kind, n=80):
     return {"two-sided": x, "positive": np.abs(x), "negative": -np.abs(x) - 0.1}[kind]
 
 
-@pytest.mark.parametrize("margin", [dict(margin=0.5), dict(margin=0.25, relative_margin=True)], ids=["absolute", "relative"])
+@pytest.mark.parametrize(
+    "margin", [dict(margin=0.5), dict(margin=0.25, relative_margin=True)], ids=["absolute", "relative"]
+)
 @pytest.mark.parametrize("kind", ["two-sided", "positive", "negative"])
 @pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
 def test_grid_is_the_best_of_all_candidates(scheme, kind, margin):
@@ -75,7 +77,9 @@ def test_grid_adds_the_losses_of_all_batches():
     spec = quant.symmetric(3, estimator=how)
     a, b = data("two-sided"), data("two-sided")[::-1] * 0.3
     state = quant.observe(spec, quant.observe(spec, None, jnp.asarray(a)), jnp.asarray(b))
-    losses = [error(a, "symmetric", 3, *ends) + error(b, "symmetric", 3, *ends) for ends in candidates(a, "symmetric", 3, how)]
+    losses = [
+        error(a, "symmetric", 3, *ends) + error(b, "symmetric", 3, *ends) for ends in candidates(a, "symmetric", 3, how)
+    ]
     np.testing.assert_allclose(state.losses[0], losses, rtol=1e-3)
     assert float(state.high[0]) == np.float32(candidates(a, "symmetric", 3, how)[int(np.argmin(losses))][1])
 
@@ -144,9 +148,12 @@ def test_absolute_margin_wastes_small_tensors():
     """As published: with a margin of 0.5 and data of 0.001 the finest candidate is wider than the data."""
     x = data("two-sided") * 1e-4
     found = {
-        relative: estimate_range(quant.symmetric(4, estimator=Search(relative_margin=relative)), x) for relative in (False, True)
+        relative: estimate_range(quant.symmetric(4, estimator=Search(relative_margin=relative)), x)
+        for relative in (False, True)
     }
-    assert error(x, "symmetric", 4, *map(float, found[True])) < 0.5 * error(x, "symmetric", 4, *map(float, found[False]))
+    assert error(x, "symmetric", 4, *map(float, found[True])) < 0.5 * error(
+        x, "symmetric", 4, *map(float, found[False])
+    )
 
 
 def test_cross_entropy_grid_is_the_best_candidate():

@@ -87,7 +87,10 @@ def test_estimators_by_name(name):
 
 
 def test_names_for_people():
-    assert str(quant.asymmetric(4, quant.per_group(6, permute=True))) == "4-bit asymmetric, 6 groups on axis -1, permuted, static"
+    assert (
+        str(quant.asymmetric(4, quant.per_group(6, permute=True)))
+        == "4-bit asymmetric, 6 groups on axis -1, permuted, static"
+    )
     assert str(quant.ternary(quant.per_channel())) == "ternary, per channel"
     assert str(quant.symmetric(8, Granularity(1))) == "8-bit symmetric, per index of axis 1, static"
     assert [str(g) for g in (quant.per_tensor(), quant.per_embedding(), quant.per_position(), quant.per_token())] == [

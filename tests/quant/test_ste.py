@@ -142,7 +142,9 @@ def test_learned_zero_point_is_straight_through_inside_and_dead_outside():
     spec = quant.asymmetric(3, range="learned")
 
     def value(zero):
-        return jnp.sum(quant.fake_quant(spec, jnp.array([99.0, 98.0]), quant.QParams(jnp.float32(0.5), zero, jnp.asarray(False))))
+        return jnp.sum(
+            quant.fake_quant(spec, jnp.array([99.0, 98.0]), quant.QParams(jnp.float32(0.5), zero, jnp.asarray(False)))
+        )
 
     gradient = jax.grad(value)
     for zero, want in [(2.3, -1.0), (0.0, -1.0), (7.0, -1.0), (-0.4, -1.0), (7.4, -1.0), (-0.6, 0.0), (7.6, 0.0)]:

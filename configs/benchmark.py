@@ -1,0 +1,34 @@
+"""The sizes that `launch/benchmark.py` measures: MiniLM on a batch of 32 x 64, and its embedding table.
+
+    python launch/benchmark.py --config.batch=8 --config.tokens=128
+
+`smoke` shrinks everything: the same rows in seconds, whose times mean nothing.
+"""
+
+from ml_collections import ConfigDict
+
+from qtx.errors import UserError
+
+
+def get_config(arg: str = "full"):
+    """Returns the configuration; `smoke` shrinks it."""
+    if arg not in ("full", "smoke"):
+        raise UserError(f"configs/benchmark.py: unknown argument {arg!r}; choose from 'full', 'smoke'")
+    config = ConfigDict()
+    config.seed = 0
+    config.rounds = 15
+    config.search_rounds = 5
+    config.batch = 32
+    config.tokens = 64
+    config.candidates = 100
+    config.model = ConfigDict(
+        dict(vocab_size=30522, hidden_size=384, num_layers=6, num_heads=12, intermediate_size=1536, max_positions=512)
+    )
+    if arg == "smoke":
+        config.rounds = 2
+        config.search_rounds = 2
+        config.batch = 2
+        config.tokens = 8
+        config.candidates = 5
+        config.model.update(vocab_size=64, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
+    return config

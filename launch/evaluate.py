@@ -1,0 +1,12 @@
+"""Evaluate a trained checkpoint or a packed artifact on the validation data of a task.
+
+python launch/evaluate.py --config.model.name=runs/rte_w8a8/quantized --config.task=rte --data_dir=DATA --workdir=runs/eval
+"""
+
+from qtx.experiments.app import define_flags, launch
+from qtx.experiments.run import evaluate
+
+define_flags("configs/ptq.py", "")
+
+if __name__ == "__main__":
+    launch(evaluate)

@@ -1,0 +1,421 @@
+"""What quantization costs: pairs of programs, measured in turn in one process, against their bars.
+
+    run(config, workdir="", only=["train-fixed"])
+
+Machines are noisy, so nothing here is an absolute time. The two sides of a pair run alternately (A B A B ...), each round
+gives one ratio, and the median of the rounds is reported with their spread. On a CPU the clock is the CPU time of the
+process, which other processes do not add to; it is fair only on one core (waiting threads spin), so the process is pinned
+before JAX starts (`pin_to_one_core`). On an accelerator the clock is wall time to `block_until_ready`.
+
+Temporary memory is what the compiler reserves besides arguments and results (`memory_analysis`). It is exact: such rows
+have one ratio and no seconds. A bar that does not hold is reported, never raised; results that differ are an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from qtx.errors import UserError, near_misses
+from qtx.methods.calibrate import calibrate
+from qtx.nn.aliases import policy
+from qtx.nn.bert import MASKED, BertClassifier, BertConfig
+from qtx.quant import Spec, asymmetric, estimate, estimator, per_channel, per_tensor, symmetric
+from qtx.train.loop import Phase, inputs, make_state, make_step
+from qtx.train.optimizer import OptimizerConfig, make_optimizer
+from qtx.train.report import Table, write_text_atomic
+
+Program = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """A ratio to keep to: at most `limit`, or at least, for speed-ups."""
+
+    limit: float
+    at_least: bool = False
+
+    def holds(self, ratio: float) -> bool:
+        """Whether a measured ratio keeps to the bar."""
+        return ratio >= self.limit if self.at_least else ratio <= self.limit
+
+    def __str__(self) -> str:
+        return f"at {'least' if self.at_least else 'most'} {self.limit:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of A held against bytes of B, with what each is and the bar for A/B."""
+
+    a: int
+    b: int
+    a_is: str
+    b_is: str
+    bar: Bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two programs to measure.
+
+    Attributes:
+      a: what is judged.
+      b: what it is held against.
+      a_is: description of A.
+      b_is: description of B.
+      bar: for A/B, or for B/A if it is a speed-up (`at_least`); None: for information.
+      memory: compared besides.
+      rounds: how often both are run.
+    """
+
+    a: Program
+    b: Program
+    a_is: str
+    b_is: str
+    rounds: int
+    bar: Bar | None = None
+    memory: Memory | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of A and of B in each round."""
+
+    a: tuple[float, ...]
+    b: tuple[float, ...]
+
+    def ratios(self, speedup: bool = False) -> list[float]:
+        """Returns A/B of every round, or B/A for a speed-up."""
+        return [b / a if speedup else a / b for a, b in zip(self.a, self.b, strict=True)]
+
+
+def pin_to_one_core() -> None:
+    """Keeps this process on one of its cores; to be called before JAX makes its threads. Does nothing but on Linux."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def default_clock() -> Callable[[], float]:
+    """Returns CPU time on a CPU, wall time on an accelerator."""
+    return time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+
+
+def measure(a: Program, b: Program, rounds: int, clock: Callable[[], float] | None = None) -> Timing:
+    """Runs two programs in turn, after one unmeasured run of each.
+
+    Args:
+      a: returns what is to be waited for (any pytree of arrays).
+      b: likewise.
+      rounds: how often.
+      clock: seconds; by default `default_clock()`.
+    """
+    clock = clock or default_clock()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds + 1):
+        for program, taken in zip((a, b), seconds, strict=True):
+            start = clock()
+            jax.block_until_ready(program())
+            if number:
+                taken.append(clock() - start)
+    return Timing(tuple(seconds[0]), tuple(seconds[1]))
+
+
+COLUMNS = ("row", "A", "B", "A seconds", "B seconds", "ratio", "spread", "bar", "holds")
+FORMATS = {"A seconds": ".4f", "B seconds": ".4f", "ratio": ".3f"}
+
+
+def rows_of(name: str, comparison: Comparison, timing: Timing) -> list[list[Any]]:
+    """Returns the table rows of one comparison: its time and, if it has one, its memory."""
+
+    def row(name: str, a: str, b: str, seconds: Sequence[float | None], ratios: Sequence[float], bar: Bar | None):
+        ratio = statistics.median(ratios)
+        spread = f"{min(ratios):.3f}-{max(ratios):.3f}" if len(ratios) > 1 else ""
+        verdict = "" if bar is None else "yes" if bar.holds(ratio) else "NO"
+        return [name, a, b, *seconds, ratio, spread, "" if bar is None else str(bar), verdict]
+
+    bar = comparison.bar
+    speedup = bar is not None and bar.at_least
+    seconds = [statistics.median(timing.a), statistics.median(timing.b)]
+    rows = [row(name, comparison.a_is, comparison.b_is, seconds, timing.ratios(speedup), bar)]
+    if (memory := comparison.memory) is not None:
+        a, b = (f"{what}, {size / 2**20:.1f} MiB" for what, size in ((memory.a_is, memory.a), (memory.b_is, memory.b)))
+        rows.append(row(f"{name} memory", a, b, [None, None], [memory.a / memory.b], memory.bar))
+    return rows
+
+
+def environment() -> dict[str, str]:
+    """Returns what the numbers depend on: device, clock, cores, load and versions."""
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    return {
+        "device": f"{device.device_kind} ({device.platform})",
+        "machine": f"{platform.machine()}, {cores} of {os.cpu_count()} cores",
+        "clock": "CPU time" if device.platform == "cpu" else "wall time",
+        "load": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown",
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+# --- the programs
+
+
+class PlainBert(nn.Module):
+    """BERT as anyone would write it in linen: Dense, Embed, LayerNorm, no sites. Parameters: see `plain_params`."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array) -> jax.Array:
+        """Maps `[B, T]` ids to logits `[B, C]`."""
+        c = self.config
+        width = c.hidden_size // c.num_heads
+        bias = jnp.where(attention_mask > 0, 0.0, MASKED)[:, None, None, :]
+
+        def dense(features: int, name: str, x: jax.Array) -> jax.Array:
+            return nn.Dense(features, name=name)(x)
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return nn.LayerNorm(c.layer_norm_eps, use_fast_variance=False, name=name)(x)
+
+        x = nn.Embed(c.vocab_size, c.hidden_size, name="encoder_embeddings_word")(input_ids)
+        x = x + nn.Embed(c.type_vocab_size, c.hidden_size, name="encoder_embeddings_token_type")(token_type_ids)
+        positions = jnp.arange(input_ids.shape[1])[None]
+        x = x + nn.Embed(c.max_positions, c.hidden_size, name="encoder_embeddings_position")(positions)
+        x = norm("encoder_embeddings_norm", x)
+        for i in range(c.num_layers):
+            layer = f"encoder_layer_{i}"
+            query, key, value = (
+                dense(c.hidden_size, f"{layer}_attention_{part}", x).reshape(*x.shape[:2], c.num_heads, width)
+                for part in ("query", "key", "value")
+            )
+            scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / width**0.5 + bias
+            context = jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores), value).reshape(x.shape)
+            x = norm(f"{layer}_attention_norm", dense(c.hidden_size, f"{layer}_attention_out", context) + x)
+            y = nn.gelu(dense(c.intermediate_size, f"{layer}_ffn_up", x), approximate=False)
+            x = norm(f"{layer}_ffn_norm", dense(c.hidden_size, f"{layer}_ffn_down", y) + x)
+        pooled = jnp.tanh(dense(c.hidden_size, "pooler_dense", x[:, 0]))
+        return dense(c.num_labels, "classifier", pooled)
+
+
+def plain_params(params: Mapping[str, Any]) -> dict[str, dict[str, jax.Array]]:
+    """Renames the parameters of `BertClassifier` for `PlainBert`: one level, `table` becomes `embedding`."""
+    plain: dict[str, dict[str, jax.Array]] = {}
+    for path, value in traverse_util.flatten_dict(params).items():
+        leaf = "embedding" if path[-1] == "table" else path[-1]
+        plain.setdefault("_".join(path[:-1]), {})[leaf] = value
+    return plain
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    """A full-precision model with random weights and a batch for it."""
+
+    model: BertClassifier
+    params: Any
+    batch: dict[str, jax.Array]
+
+    @classmethod
+    def make(cls, config: ConfigDict) -> _Setup:
+        rng = np.random.default_rng(config.seed)
+        shape = config.batch, config.tokens
+        lengths = rng.integers(config.tokens // 2, config.tokens + 1, config.batch)
+        mask = np.arange(config.tokens) < lengths[:, None]
+        batch = dict(
+            input_ids=jnp.asarray(rng.integers(1, config.model.vocab_size, shape) * mask, jnp.int32),
+            attention_mask=jnp.asarray(mask, jnp.int32),
+            token_type_ids=jnp.zeros(shape, jnp.int32),
+            labels=jnp.asarray(rng.integers(0, 2, config.batch), jnp.int32),
+            weights=jnp.ones(config.batch, jnp.float32),
+        )
+        model = BertClassifier(BertConfig(**config.model, hidden_dropout=0.0, attention_dropout=0.0))
+        params = jax.jit(model.init)(jax.random.key(config.seed), *inputs(batch))["params"]
+        return cls(model, params, batch)
+
+    def quantized(self, **options: Any) -> tuple[BertClassifier, dict[str, Any]]:
+        """Returns the W8A8 model with every site quantized, and its calibrated ranges."""
+        model = self.model.clone(policy=policy(symmetric(8, **options), asymmetric(8, **options)))
+        return model, calibrate(model, self.params, [inputs(self.batch)])
+
+    def step(self, model: BertClassifier, ranges: Mapping[str, Any]) -> tuple[Program, int]:
+        """Returns the train step of the library as a program, and its temporary memory."""
+        phase = Phase("benchmark", model)
+        optimizer = make_optimizer(OptimizerConfig(), 10_000)
+        state = make_state(phase, {"params": self.params, "ranges": ranges}, optimizer, 0, self.batch)
+        state = jax.tree.map(jnp.copy, state)  # the step takes its memory; the parameters are used again
+        compiled = jax.jit(make_step(phase, optimizer, 0), donate_argnums=0).lower(state, self.batch, None).compile()
+
+        def program():
+            nonlocal state
+            state, measured = compiled(state, self.batch, None)
+            return measured
+
+        return program, _temporary(compiled)
+
+    def forward(self, model: nn.Module, variables: Mapping[str, Any]) -> Program:
+        """Returns the compiled forward pass as a program that gives the logits."""
+
+        def logits(variables, batch):
+            outputs = model.apply(variables, *inputs(batch))
+            return getattr(outputs, "logits", outputs)
+
+        compiled = jax.jit(logits)
+        return lambda: compiled(variables, self.batch)
+
+
+def _temporary(compiled: Any) -> int:
+    """Bytes of temporary memory, 0 where the backend does not tell."""
+    analysis = compiled.memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes
+
+
+def train_step(config: ConfigDict, learned: bool) -> Comparison:
+    """The quantized train step, with fixed or learned ranges, against the full-precision one."""
+    setup = _Setup.make(config)
+    a, a_bytes = setup.step(*setup.quantized(range="learned" if learned else "static"))
+    b, b_bytes = setup.step(setup.model, {})
+    a_is, b_is = f"W8A8 everywhere, {'learned' if learned else 'fixed'} ranges", "full precision"
+    memory = Memory(a_bytes, b_bytes, a_is, b_is, Bar(1.25)) if a_bytes and b_bytes else None
+    return Comparison(a, b, a_is, b_is, config.rounds, Bar(1.20 if learned else 1.10), memory)
+
+
+def forward_plain(config: ConfigDict) -> Comparison:
+    """The model without a policy against the plain linen model of the same parameters.
+
+    Raises:
+      ArithmeticError: if their logits differ.
+    """
+    setup = _Setup.make(config)
+    a = setup.forward(setup.model, {"params": setup.params})
+    b = setup.forward(PlainBert(setup.model.config), {"params": plain_params(setup.params)})
+    difference = float(jnp.max(jnp.abs(a() - b())))
+    if not difference <= 1e-4:
+        raise ArithmeticError(f"the model without a policy and plain linen differ by {difference:g} in their logits")
+    return Comparison(a, b, "qtx, no policy", "plain linen", config.rounds, Bar(1.05))
+
+
+def forward_quantized(config: ConfigDict) -> Comparison:
+    """The W8A8 forward pass (fake quantization) against full precision; no bar."""
+    setup = _Setup.make(config)
+    model, ranges = setup.quantized()
+    a = setup.forward(model, {"params": setup.params, "ranges": ranges})
+    b = setup.forward(setup.model, {"params": setup.params})
+    return Comparison(a, b, "W8A8 everywhere, fixed ranges", "full precision", config.rounds)
+
+
+def loop_search(x: jax.Array, candidates: int, by_row: bool) -> jax.Array:
+    """The MSE search as one would write it first: 8 bits symmetric, one candidate after the other, not compiled.
+
+    Returns:
+      The upper end of the best range, `[rows]` or a scalar.
+    """
+    axes = (1,) if by_row else (0, 1)
+    extent = 1.5 * jnp.max(jnp.abs(x), axes, keepdims=True)
+    least, best = jnp.full_like(extent, jnp.inf), extent
+    for i in range(1, candidates + 1):
+        high = extent * (i / candidates)
+        scale = high / 127
+        quantized = scale * jnp.clip(jnp.round(x / scale), -128, 127)
+        error = jnp.mean(jnp.square(quantized - x), axes, keepdims=True)
+        best = jnp.where(error < least, high, best)
+        least = jnp.minimum(error, least)
+    return best.squeeze(axes)
+
+
+def search(config: ConfigDict, by_row: bool) -> Comparison:
+    """The library's MSE range search on a heavy-tailed embedding table against `loop_search`.
+
+    Raises:
+      ArithmeticError: if the library's range has more error than the loop's.
+    """
+    shape = config.model.vocab_size, config.model.hidden_size
+    x = 0.02 * jax.random.t(jax.random.key(config.seed), 5.0, shape)
+    granularity = per_channel(0) if by_row else per_tensor()
+    spec = symmetric(8, granularity, estimator=estimator("mse", candidates=config.candidates))
+    compiled = jax.jit(estimate, static_argnums=0).lower(spec, x).compile()
+    _check_search(x, spec, compiled(x).scale, loop_search(x, config.candidates, by_row) / 127)
+    memory, size = _temporary(compiled), 4 * x.size
+    return Comparison(
+        lambda: compiled(x),
+        lambda: loop_search(x, config.candidates, by_row),
+        f"compiled search, {config.candidates} ranges per {'row' if by_row else 'tensor'}",
+        "eager loop over candidates",
+        config.search_rounds,
+        Bar(10.0, at_least=True),
+        Memory(memory, size, "search, temporary", "the tensor", Bar(2.0)) if memory else None,
+    )
+
+
+def _check_search(x: jax.Array, spec: Spec, ours: jax.Array, theirs: jax.Array) -> None:
+    """Same range, or one of the same error where two candidates tie to the rounding of a float32 sum."""
+
+    def error(scale: jax.Array) -> np.ndarray:
+        s = np.asarray(scale, np.float64).reshape(-1, 1)
+        values = np.asarray(x, np.float64)
+        errors = (s * np.clip(np.round(values / s), -128, 127) - values) ** 2
+        return errors.sum(1) if s.size > 1 else errors.sum(keepdims=True).ravel()
+
+    excess = np.max(error(ours) / np.maximum(error(theirs), 1e-30))
+    if not excess <= 1 + 1e-4:
+        raise ArithmeticError(f"the {spec} search finds a range with {excess:.6f} times the error of the plain loop's")
+
+
+COMPARISONS: dict[str, Callable[[ConfigDict], Comparison]] = {
+    "train-fixed": lambda config: train_step(config, learned=False),
+    "train-learned": lambda config: train_step(config, learned=True),
+    "forward-plain": forward_plain,
+    "search-tensor": lambda config: search(config, by_row=False),
+    "search-row": lambda config: search(config, by_row=True),
+    "forward-w8a8": forward_quantized,
+}
+
+
+def run(config: ConfigDict, workdir: str | Path = "", only: Sequence[str] = ()) -> Table:
+    """Measures, prints and, with a `workdir`, saves `benchmark.md`, `benchmark.csv` and `environment.txt`.
+
+    Args:
+      config: from `configs/benchmark.py`.
+      workdir: where to save; empty: nowhere.
+      only: names of `COMPARISONS`, in any order; empty: all.
+
+    Returns:
+      The table, its rows in the order of `COMPARISONS`.
+
+    Raises:
+      UserError: on an unknown name.
+      ArithmeticError: if two programs that should agree do not.
+    """
+    for name in only:
+        if name not in COMPARISONS:
+            raise UserError(f"unknown row {name!r}{near_misses(name, COMPARISONS)}")
+    described = "".join(f"{name}: {value}\n" for name, value in environment().items())
+    print(described, end="", flush=True)
+    rows: list[list[Any]] = []
+    for name, compare in COMPARISONS.items():
+        if only and name not in only:
+            continue
+        comparison = compare(config)
+        rows += rows_of(name, comparison, measure(comparison.a, comparison.b, comparison.rounds))
+        print(f"{name}: {rows[-1][COLUMNS.index('ratio')]:.3f}", file=sys.stderr, flush=True)
+    table = Table(COLUMNS, rows, FORMATS, title="medians over rounds; spread: least and greatest ratio of a round")
+    print(table.markdown(), end="")
+    if workdir:
+        table.save(workdir, "benchmark")
+        write_text_atomic(Path(workdir) / "environment.txt", described)
+    return table

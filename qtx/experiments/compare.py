@@ -1,0 +1,158 @@
+"""Fine-tune once, quantize in several ways, one table: the quickstart and the results tables.
+
+Every row of `config.rows` is a `quant` section that differs from the default in some fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from qtx import data, models
+from qtx.errors import UserError
+from qtx.experiments.config import policy_from
+from qtx.experiments.run import post_training_quantization, save_quantized, train_and_evaluate
+from qtx.experiments.setup import Experiment
+from qtx.nn.sites import check_policy
+from qtx.quant.policy import Policy
+from qtx.train import metrics
+from qtx.train.report import Table, plot_accuracy_against_size, write_text_atomic
+
+
+def tfidf_predictions(dataset: data.Dataset) -> Any:
+    """Returns predictions for the validation split from TF-IDF of words and pairs with logistic or ridge regression."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.pipeline import make_pipeline
+
+    texts = {
+        name: [" ".join(parts) for parts in zip(*split.texts, strict=True)] for name, split in dataset.splits.items()
+    }
+    head = Ridge() if dataset.task.is_regression else LogisticRegression(max_iter=1000)
+    pipeline = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), head)
+    return pipeline.fit(texts["train"], dataset.splits["train"].labels).predict(texts["validation"])
+
+
+@dataclasses.dataclass
+class Row:
+    """One line of the table: bits as text, score and drop as fractions, bytes of all weights as stored."""
+
+    method: str
+    weight_bits: str
+    activation_bits: str
+    score: float
+    drop: float
+    weight_bytes: int | None
+    seconds: float
+
+
+def bits_of(policy: Policy | None, kind: str) -> str:
+    """Returns the bit widths of a policy's rules for weights or activations: `8`, `8/16`, `1.58`."""
+    rules = () if policy is None else policy.weights if kind == "weight" else policy.activations
+    names = {"ternary": "1.58", "binary": "1"}
+    found = {names.get(rule.spec.scheme, str(rule.spec.bits)) for rule in rules if rule.spec is not None}
+    return "/".join(sorted(found, key=float)) or "32"
+
+
+def row_sections(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Returns the `quant` section of every row; raises a `UserError` on a field that does not exist."""
+    sections = {}
+    for name, changes in config.rows.items():
+        section = config.quant.copy_and_resolve_references()
+        try:
+            section.update(changes)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"row {name!r}: {error.args[0]}") from None
+        sections[name] = section
+    return sections
+
+
+def compare(config: ConfigDict, workdir: str | Path) -> list[Row]:
+    """Fine-tunes, quantizes by every row, and writes `table.md`, `table.csv`, `accuracy_size.png` and the models.
+
+    Args:
+      config: with `rows`; see `configs/quickstart.py`.
+      workdir: run directory.
+
+    Returns:
+      The rows: baseline, full precision, then those of the configuration in order.
+    """
+    workdir = Path(workdir)
+    console = Console(stderr=True)
+    sections = row_sections(config)
+    num_layers = models.read_config(models.locate(config.model.name))[1].num_layers
+    policies: dict[str, Policy] = {}
+    for name, section in sections.items():
+        policy = policy_from(section, num_layers)
+        if policy is None:
+            raise UserError(f"row {name!r} keeps everything in full precision; change its bits")
+        policies[name] = policy
+
+    clock = time.perf_counter()
+    trained = train_and_evaluate(config, workdir)
+    experiment: Experiment = trained["experiment"]
+    full = trained["metrics"][config.recipe[-1]]["score"]
+    params = trained["params"]
+    for policy in policies.values():
+        check_policy(policy, experiment.sites())
+    full_seconds = time.perf_counter() - clock
+    rows = [_baseline(experiment, full)]
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+    rows.append(Row("full precision", "32", "32", full, 0.0, size, full_seconds))
+
+    batches = experiment.calibration_batches()
+    for name, policy in policies.items():
+        clock = time.perf_counter()
+        quantized = post_training_quantization(experiment, params, policy, batches)
+        score = experiment.evaluate(quantized.model, quantized.variables)["score"]
+        family, sizes = experiment.pretrained.family, experiment.pretrained.config
+        directory = workdir / "quantized" / re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
+        size = save_quantized(directory, family, sizes, policy, params, quantized.ranges, experiment.tokenizer)
+        bits = bits_of(policy, "weight"), bits_of(policy, "activation")
+        rows.append(Row(name, *bits, score, full - score, size, time.perf_counter() - clock))
+        console.print(f"{name}: {score:.4f} ({full - score:+.4f} lost, {rows[-1].seconds:.0f} s)", highlight=False)
+    report(rows, workdir, experiment)
+    return rows
+
+
+def _baseline(experiment: Experiment, full: float) -> Row:
+    clock = time.perf_counter()
+    predictions = tfidf_predictions(experiment.dataset)
+    values = metrics.compute(experiment.task.metrics, predictions, experiment.dataset.splits["validation"].labels)
+    score = metrics.score(values)
+    return Row("TF-IDF baseline", "-", "-", score, full - score, None, time.perf_counter() - clock)
+
+
+def report(rows: list[Row], workdir: Path, experiment: Experiment) -> None:
+    """Prints the table and writes it with its plot into the run directory."""
+    name = "+".join(experiment.task.metrics)
+    table = Table(
+        ["method", "weight bits", "activation bits", name, "drop", "MiB of weights", "seconds"],
+        [
+            [
+                r.method,
+                r.weight_bits,
+                r.activation_bits,
+                r.score,
+                r.drop,
+                r.weight_bytes and r.weight_bytes / 2**20,
+                r.seconds,
+            ]
+            for r in rows
+        ],
+        formats={name: ".4f", "drop": ".4f", "MiB of weights": ".2f", "seconds": ".1f"},
+        title=f"{experiment.task.name}, {experiment.config.model.name}, seed {experiment.config.seed}",
+    )
+    table.print()
+    table.save(workdir, "table")
+    points = [(r.method, r.weight_bytes, r.score) for r in rows if r.weight_bytes]
+    plot_accuracy_against_size(points, workdir / "accuracy_size.png", (rows[0].method, rows[0].score), ylabel=name)
+    write_text_atomic(workdir / "rows.json", json.dumps([dataclasses.asdict(row) for row in rows], indent=2))

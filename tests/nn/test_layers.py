@@ -1,0 +1,111 @@
+"""Without a policy the layers are flax's own."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qtx import quant
+from qtx.nn import Dense, Embed, LayerNorm, policy
+
+rng = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+
+KERNEL, BIAS, X = normal(5, 4), normal(4), normal(2, 3, 5)
+DENSE = {"params": {"kernel": KERNEL, "bias": BIAS}}
+
+
+def test_dense_is_flax_dense():
+    np.testing.assert_allclose(Dense(4).apply(DENSE, X), nn.Dense(4).apply(DENSE, X), rtol=1e-6, atol=1e-6)
+    gelu = Dense(4, nn.gelu).apply(DENSE, X)
+    np.testing.assert_allclose(gelu, nn.gelu(nn.Dense(4).apply(DENSE, X)), rtol=1e-6, atol=1e-6)
+
+
+def test_embed_is_flax_embed():
+    table, ids = normal(7, 4), jnp.array([[0, 6, 3], [3, 3, 1]])
+    want = nn.Embed(7, 4).apply({"params": {"embedding": table}}, ids)
+    np.testing.assert_array_equal(Embed(7, 4).apply({"params": {"table": table}}, ids), want)
+
+
+def test_layer_norm_is_flax_layer_norm():
+    variables = {"params": {"scale": normal(5), "bias": normal(5)}}
+    plain = nn.LayerNorm(1e-12, use_fast_variance=False)
+    np.testing.assert_allclose(LayerNorm().apply(variables, X), plain.apply(variables, X), rtol=1e-6, atol=1e-6)
+    ours, theirs = (
+        jax.grad(lambda v, m=m: jnp.sum(m.apply(v, X) ** 3))(variables)["params"] for m in (LayerNorm(), plain)
+    )
+    for name in ("scale", "bias"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", [Dense(4), Embed(7, 4), LayerNorm()], ids=["dense", "embed", "norm"])
+def test_initial_parameters(module):
+    x = jnp.zeros((2, 3), jnp.int32) if isinstance(module, Embed) else X
+    params = module.init(jax.random.key(0), x)["params"]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    wide = module.clone(dtype=jnp.bfloat16)
+    same = wide.init(jax.random.key(0), x)["params"]
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    assert wide.apply({"params": params}, x).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4], ids=["outlier channel", "large mean"])
+def test_layer_norm_with_huge_outliers(offset):
+    x = np.random.default_rng(1).standard_normal((4, 64)).astype(np.float32) + np.float32(offset)
+    x[:, 7] += 3e4 if offset == 0 else 0
+    exact = x.astype(np.float64)
+    want = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-12)
+    variables = {"params": {"scale": jnp.ones(64), "bias": jnp.zeros(64)}}
+    # What the mean loses is a unit in the last place of the offset, over the standard deviation.
+    limit = max(1e-6, 2 * np.finfo(np.float32).eps * offset / exact.std())
+    np.testing.assert_allclose(LayerNorm().apply(variables, x), want, atol=limit, rtol=1e-5)
+
+
+def test_layer_norm_computes_in_float32():
+    x = (normal(3, 64) + 100).astype(jnp.bfloat16)
+    variables = {"params": {"scale": jnp.ones(64), "bias": jnp.zeros(64)}}
+    want = LayerNorm().apply(variables, x.astype(jnp.float32))
+    got = LayerNorm(dtype=jnp.bfloat16).apply(variables, x)
+    np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+
+
+def test_biases_and_shifts_are_never_quantized():
+    rules = policy(quant.symmetric(2, range="dynamic"))
+    out = Dense(4, policy=rules).apply(DENSE, jnp.zeros((1, 5)))
+    np.testing.assert_array_equal(out[0], BIAS)
+    norm = LayerNorm(policy=rules)
+    out = norm.apply({"params": {"scale": normal(5), "bias": jnp.arange(5.0)}}, jnp.ones((1, 5)))
+    np.testing.assert_array_equal(out[0], jnp.arange(5.0))
+
+
+def test_kernel_channels_are_outputs_and_table_channels_are_rows():
+    rules = policy(quant.symmetric(3, quant.per_channel(), range="dynamic"))
+    spec = quant.symmetric(3, quant.Granularity(1))
+    kernel = quant.fake_quant(spec, KERNEL, quant.estimate(spec, KERNEL))
+    np.testing.assert_array_equal(Dense(4, policy=rules).apply(DENSE, X), X @ kernel + BIAS)
+    table = normal(7, 4)
+    spec = quant.symmetric(3, quant.Granularity(0))
+    want = quant.fake_quant(spec, table, quant.estimate(spec, table))
+    got = Embed(7, 4, policy=rules).apply({"params": {"table": table}}, jnp.arange(7))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_output_site_is_after_the_activation_function():
+    rules = policy(activations=quant.symmetric(8, range="dynamic"))
+    out = np.asarray(Dense(4, nn.relu, policy=rules).apply(DENSE, X))
+    spec = quant.symmetric(8)
+    plain = nn.relu(Dense(4).apply(DENSE, X))
+    np.testing.assert_array_equal(out, quant.fake_quant(spec, plain, quant.estimate(spec, plain)))
+    assert out.min() == 0
+
+
+def test_input_site_is_what_enters_the_product():
+    rules = policy(inputs=quant.asymmetric(3, range="dynamic"))
+    spec = quant.asymmetric(3)
+    on_grid = quant.fake_quant(spec, X, quant.estimate(spec, X))
+    np.testing.assert_array_equal(Dense(4, policy=rules).apply(DENSE, X), Dense(4).apply(DENSE, on_grid))
