@@ -3,10 +3,8 @@
 python launch/evaluate.py --config.model.name=runs/rte_w8a8/quantized --config.task=rte --data_dir=DATA --workdir=runs/eval
 """
 
-from qtx.experiments.app import define_flags, launch
+from qtx.experiments.app import launch
 from qtx.experiments.run import evaluate
 
-define_flags("configs/ptq.py", "")
-
 if __name__ == "__main__":
-    launch(evaluate)
+    launch(evaluate, "configs/ptq.py", "")

@@ -4,10 +4,8 @@
         --data_dir=DATA --workdir=runs/rte_w8a8
 """
 
-from qtx.experiments.app import define_flags, launch
+from qtx.experiments.app import launch
 from qtx.experiments.run import quantize
 
-define_flags("configs/ptq.py", None)
-
 if __name__ == "__main__":
-    launch(quantize)
+    launch(quantize, "configs/ptq.py")

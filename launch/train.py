@@ -6,10 +6,8 @@
 The same command goes on with a run that was interrupted.
 """
 
-from qtx.experiments.app import define_flags, launch
+from qtx.experiments.app import launch
 from qtx.experiments.run import train_and_evaluate
 
-define_flags("configs/finetune.py", None)
-
 if __name__ == "__main__":
-    launch(train_and_evaluate)
+    launch(train_and_evaluate, "configs/finetune.py")

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from qtx import data, models
-from qtx.errors import UserError
+from qtx.errors import UserError, near_misses
 from qtx.experiments.config import policy_from
 from qtx.experiments.run import post_training_quantization, save_quantized, train_and_evaluate
 from qtx.experiments.setup import Experiment
@@ -67,10 +67,10 @@ def row_sections(config: ConfigDict) -> dict[str, ConfigDict]:
     sections = {}
     for name, changes in config.rows.items():
         section = config.quant.copy_and_resolve_references()
-        try:
-            section.update(changes)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"row {name!r}: {error.args[0]}") from None
+        for field in changes:
+            if field not in section:
+                raise UserError(f"row {name!r}: `quant` has no field {field!r}{near_misses(field, section)}")
+        section.update(changes)
         sections[name] = section
     return sections
 

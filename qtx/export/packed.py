@@ -7,8 +7,8 @@
 Tensors have the names of their parameters. A quantized one, `encoder/layer_0/ffn/up/kernel`, is uint8 and has beside it
 `encoder/layer_0/ffn/up/kernel:scale`, float32 `[rows]` or a scalar, and for asymmetric grids `...:zero_point`, unsigned
 integers of the same shape. Activation ranges are `ranges/<site>/{scale,zero_point,signed,group}`, as in calibration. How
-to read a tensor stands in the safetensors metadata: `format`, `version`, `sha256` (of everything else) and `header`, a JSON object with
-`config`, `policy` and, for every packed tensor, `quantized`.
+to read the tensors stands in the safetensors metadata, under `qtx`, as one JSON object: `version` of the format, `config`,
+`policy`, `quantized` (an entry for each packed tensor) and the `sha256` of all this and of the tensors.
 
 The grid values are rebuilt by the arithmetic of fake quantization, `scale (integer - zero_point)` in float32. So a
 reloaded model has the very parameters of `quantized_weights`, and the same program gives the same bits. Two programs may
@@ -46,8 +46,7 @@ from qtx.quant.pack import pack, pack_trits, packed_size, trits_size, unpack, un
 from qtx.quant.policy import Policy, Rule
 from qtx.quant.spec import Granularity, MinMax, Search, Spec
 
-FORMAT = "qtx-packed"
-VERSION = "1"
+VERSION = 1
 WEIGHTS_FILE = "model.qtx.safetensors"
 
 _estimate = jax.jit(estimators.estimate, static_argnums=0)
@@ -302,8 +301,9 @@ def save_quantized(
 
     hf = {"architectures": [model_family.architecture], "model_type": model_family.name}
     hf |= model_family.config_to_hf(config)
-    header = json.dumps({"config": hf, "policy": policy_to_json(policy), "quantized": entries})
-    metadata = {"format": FORMAT, "version": VERSION, "sha256": _digest(header, tensors), "header": header}
+    header = {"version": VERSION, "config": hf, "policy": policy_to_json(policy), "quantized": entries}
+    # One key: safetensors writes several in random order, and equal models should be equal files.
+    metadata = {"qtx": json.dumps({**header, "sha256": _digest(header, tensors)})}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
@@ -330,8 +330,8 @@ def _range_tensors(policy: Policy, sites: Mapping[str, SiteInfo], ranges: Mappin
     return tensors
 
 
-def _digest(header: str, tensors: Mapping[str, np.ndarray]) -> str:
-    found = hashlib.sha256(header.encode())
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+    found = hashlib.sha256(json.dumps(header).encode())
     for name in sorted(tensors):
         found.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
         found.update(np.ascontiguousarray(tensors[name]).data)
@@ -402,17 +402,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read as safetensors ({error}); is the file truncated?") from None
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is no packed qtx model (format {metadata.get('format')!r}); load it as a checkpoint")
-    if metadata.get("version") != VERSION:
+    if "qtx" not in metadata:
+        raise UserError(f"{path} is no packed qtx model; load it as a checkpoint with qtx.models.load")
+    try:
+        header = json.loads(metadata["qtx"])
+        version, digest = header["version"], header.pop("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} has a broken header; copy it or pack the model again") from None
+    if version != VERSION:
         raise UserError(
-            f"{path} has format version {metadata.get('version')!r}, this qtx reads {VERSION!r}; "
+            f"{path} has format version {version!r}, this qtx reads {VERSION}; "
             "load it with the qtx that wrote it, or pack the model again"
         )
-    header = metadata.get("header", "")
-    if metadata.get("sha256") != _digest(header, tensors):
+    if digest != _digest(header, tensors):
         raise UserError(f"{path} is not what was written (its checksum differs); copy it or pack the model again")
-    return json.loads(header), tensors
+    return header, tensors
 
 
 def _check_config(path: Path, weights: Path, family: Family, config: BertConfig) -> None:

@@ -102,10 +102,16 @@ def permutation_groups(
 
     @jax.jit
     def record(args: Args) -> dict[str, tuple[jax.Array, jax.Array]]:
-        _, found = recorder.apply({"params": params}, *args, mutable=["captures"])
+        _, found = recorder.apply({"params": params}, *args, mutable=["captures", "masks"])
         captured = traverse_util.flatten_dict(found["captures"], sep="/")
-        axes = {name: spec.granularity.axis for name, spec in wanted.items()}
-        return {name: rows.extremes(captured[name], axis) for name, axis in axes.items() if isinstance(axis, int)}
+        masks = traverse_util.flatten_dict(found.get("masks", {}), sep="/")
+        extremes = {}
+        for name, spec in wanted.items():
+            axis = spec.granularity.axis
+            assert isinstance(axis, int)
+            where = masks.get(name) if spec.estimator.padding == "ignore" else None
+            extremes[name] = rows.extremes(captured[name], axis, where)
+        return extremes
 
     lows: dict[str, Any] = {}
     highs: dict[str, Any] = {}

@@ -23,7 +23,7 @@ _IN_LAYER = "qkvspcguxihyz"
 _WITH_FEATURE_AXIS = "qkvcguxhyz"  # what the global per-embedding options apply to
 
 
-def with_value(spec: Spec | None, value: Value) -> Spec | None:
+def with_value(spec: Spec, value: Value) -> Spec | None:
     """Applies one value of a published quantization dictionary to a spec.
 
     Args:
@@ -37,8 +37,6 @@ def with_value(spec: Spec | None, value: Value) -> Spec | None:
         return spec
     if value == "fp32":
         return None
-    if spec is None:
-        raise UserError(f"value {value!r} cannot be applied to a site that is kept in full precision")
     if isinstance(value, int) and not isinstance(value, bool):
         return dataclasses.replace(spec, bits=value)
     if value == "per_embd":
@@ -76,8 +74,10 @@ def policy_of(
     quant_dict = dict(quant_dict or {})
     if setup not in ("all", "FP_logits", "MSE_logits"):
         raise UserError(f"unknown setup {setup!r}; choose from 'all', 'FP_logits', 'MSE_logits'")
-    for key in quant_dict:
-        _kind(key)
+    if order not in ("specific", "published"):
+        raise UserError(f"unknown order {order!r}; choose from 'specific', 'published'")
+    for key, value in quant_dict.items():
+        with_value((weights if _kind(key) == "weight" else activations) or Spec(), value)
 
     names = ["e"] + [f"{letter}{i}" for i in range(num_layers) for letter in _IN_LAYER] + ["P", "C"]
     specs: dict[str, Spec | None] = {name: activations for name in names}
@@ -104,7 +104,7 @@ def policy_of(
             assert found is not None
             in_layer = found[2] != ""
             if (found[1] == letter or (letter == "L" and in_layer)) and number in ("", found[2]):
-                specs[name] = with_value(specs[name], value) if activations is not None else None
+                specs[name] = None if activations is None else with_value(specs[name] or activations, value)
     if setup == "FP_logits":
         specs["C"] = None
 

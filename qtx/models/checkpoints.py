@@ -200,11 +200,17 @@ def load(
                 "load it with fresh_head=True" if path.startswith(family.fresh) else "its config.json does not fit it"
             )
             raise UserError(f"{directory}: {path} has shape {value.shape}, expected {expected[path].shape}; {remedy}")
-    if fresh:
+    lacking = [path for path in expected if path not in found]
+    if lacking:
         ids = jnp.zeros((1, 8), jnp.int32)
-        init = jax.jit(family.module(config=config).init)(jax.random.key(seed), ids, ids, ids)["params"]
-        made = traverse_util.flatten_dict(init, sep="/")
-        found |= {path: np.asarray(made[path]) for path in expected if path not in found}
+
+        @jax.jit
+        def initialise(key: jax.Array) -> dict[str, jax.Array]:
+            made = family.module(config=config).init(key, ids, ids, ids)["params"]
+            flat = traverse_util.flatten_dict(made, sep="/")
+            return {path: flat[path] for path in lacking}  # the rest is never computed
+
+        found |= {path: np.asarray(value) for path, value in initialise(jax.random.key(seed)).items()}
     params = traverse_util.unflatten_dict({path: jnp.asarray(found[path]) for path in expected}, sep="/")
     return Pretrained(family, config, params, tuple(fresh), directory)
 

@@ -75,7 +75,7 @@ def describe(model: nn.Module, variables: Mapping[str, Any], *args: Any) -> Desc
     Args:
       model: a module with or without a policy.
       variables: its parameters; `jax.ShapeDtypeStruct`s do.
-      *args: what the model is called with; activations have the shapes of these.
+      *args: what the model is called with, arrays or `jax.ShapeDtypeStruct`s; activations have the shapes of these.
     """
     policy: Policy | None = getattr(model, "policy", None)
     sites = list_sites(model, variables, *args)
@@ -124,11 +124,11 @@ def _data_flow(model: nn.Module, variables: Mapping[str, Any], *args: Any) -> li
     plain = model.clone(policy=None) if getattr(model, "policy", None) is not None else model  # type: ignore[call-arg]
 
     # A dict that leaves a trace comes back sorted by key; inside, it still has the order of insertion.
-    def trace(params: Any) -> None:
+    def trace(params: Any, args: Any) -> None:
         _, found = plain.apply({"params": params}, *args, mutable=["sites"])
         order.extend(traverse_util.flatten_dict(found["sites"], sep="/"))
 
-    jax.eval_shape(trace, variables["params"])
+    jax.eval_shape(trace, variables["params"], args)
     return order
 
 

@@ -8,6 +8,7 @@ module's `policy` and by the variable collections that are passed to `apply`, in
 
     sites        mutable: the site is listed (shapes only; see `list_sites`)
     captures     mutable: its full-precision value is stored under its name
+    masks        mutable: so is the mask of the elements that count (not padding), where it has one
     teacher      holds the name: the value is replaced; `{'value', 'gate'}` replaces where the gate is true
     detach       holds the name: the gradient is cut where the flag is true
     observers    mutable: the range is estimated from the value (calibration)
@@ -30,7 +31,7 @@ from flax import traverse_util
 from qtx.errors import UserError
 from qtx.quant import estimators, grid
 from qtx.quant.policy import KINDS, Kind, Policy
-from qtx.quant.spec import Granularity, Spec
+from qtx.quant.spec import Spec
 
 
 @jax.tree_util.register_static
@@ -87,12 +88,12 @@ def site(
         module.put_variable("sites", role, SiteInfo(kind, x.shape, channel_axis, features))
     if module.is_mutable_collection("captures"):
         module.put_variable("captures", role, x)
+    if where is not None and module.is_mutable_collection("masks"):
+        module.put_variable("masks", role, where)
     if module.has_variable("teacher", role):
         given = module.get_variable("teacher", role)
-        if isinstance(given, Mapping):
-            x = jnp.where(given["gate"], given["value"].astype(x.dtype), x)
-        else:
-            x = given.astype(x.dtype)
+        value, gate = (given["value"], given["gate"]) if isinstance(given, Mapping) else (given, True)
+        x = jnp.where(gate, jax.lax.stop_gradient(value).astype(x.dtype), x)
     if module.has_variable("detach", role):
         x = jnp.where(module.get_variable("detach", role), jax.lax.stop_gradient(x), x)
     if module.policy is None:
@@ -128,12 +129,12 @@ def list_sites(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwa
     Args:
       model: any linen module whose tensors are marked by `site`; its policy does not matter.
       variables: its parameters; `jax.ShapeDtypeStruct`s do.
-      *args: what the model is called with.
-      **kwargs: likewise.
+      *args: what the model is called with; arrays or `jax.ShapeDtypeStruct`s.
+      **kwargs: likewise, static.
     """
     plain = model.clone(policy=None) if getattr(model, "policy", None) is not None else model
     params = {"params": variables["params"]}
-    _, found = jax.eval_shape(lambda v: plain.apply(v, *args, **kwargs, mutable=["sites"]), params)
+    _, found = jax.eval_shape(lambda v, a: plain.apply(v, *a, **kwargs, mutable=["sites"]), params, args)
     flat = traverse_util.flatten_dict(found["sites"], sep="/")
     return {name: flat[name] for name in sorted(flat)}
 
@@ -153,16 +154,26 @@ def check_policy(policy: Policy, sites: Mapping[str, SiteInfo]) -> None:
         spec = policy.spec(info.kind, name)
         if spec is None:
             continue
-        granularity = spec.granularity
-        if granularity.axis == -1 and info.kind != "weight" and not info.features:
+        _check_granularity(name, info, spec)
+
+
+def _check_granularity(name: str, info: SiteInfo, spec: Spec) -> None:
+    ndim, granularity = len(info.shape), spec.granularity
+    axis = spec.at(info.channel_axis, ndim).granularity.axis
+    if axis is None:
+        return
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    assert all(isinstance(a, int) for a in axes)
+    kept = {int(a) % ndim for a in axes if -ndim <= int(a) < ndim}
+    if len(kept) < len(axes):
+        raise UserError(f"site {name!r} has {ndim} axes: {granularity} does not apply there")
+    if info.kind != "weight":
+        if ndim - 1 in kept and not info.features:
             raise UserError(f"site {name!r} has no feature axis: {granularity} does not apply there; use per_tensor()")
-        if granularity.axis in ("token", -2) and info.kind != "weight" and spec.range != "dynamic":
-            raise UserError(f"site {name!r}: ranges {granularity} depend on the sequence; use range='dynamic'")
-        if granularity.groups is not None:
-            _check_groups(name, granularity, info.shape)
-
-
-def _check_groups(name: str, granularity: Granularity, shape: tuple[int, ...]) -> None:
-    width = shape[granularity.axis]  # type: ignore[index]
-    if width % granularity.groups:  # type: ignore[operator]
+        if kept - {ndim - 1} and spec.range != "dynamic":
+            raise UserError(f"site {name!r}: ranges {granularity} depend on the batch; use range='dynamic'")
+        if granularity.permute and spec.range == "dynamic":
+            raise UserError(f"site {name!r}: permuted groups are found in calibration; use range='static' or 'learned'")
+    if granularity.groups is not None and info.shape[min(kept)] % granularity.groups:
+        width = info.shape[min(kept)]
         raise UserError(f"site {name!r}: {granularity.groups} groups do not divide its width {width}")

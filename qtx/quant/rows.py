@@ -121,8 +121,11 @@ def mean(x: jax.Array, granularity: Granularity, where: jax.Array | None = None)
     return expand(result[0] if granularity.axis is None else result, granularity, x.shape)
 
 
-def extremes(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the least and greatest value at every index of `axis`, each `[d]`."""
-    front = jnp.moveaxis(x, axis, 0)
-    others = tuple(range(1, x.ndim))
-    return jnp.min(front, others), jnp.max(front, others)
+def extremes(x: jax.Array, axis: int, where: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Returns the least and greatest value at every index of `axis`, each `[d]`; `where` marks the elements that count."""
+    others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+    if where is None:
+        return jnp.min(x, others), jnp.max(x, others)
+    counts = jnp.broadcast_to(where, x.shape)
+    low = jnp.min(x, others, where=counts, initial=jnp.inf)
+    return low, jnp.max(x, others, where=counts, initial=-jnp.inf)

@@ -83,7 +83,7 @@ def row_losses(spec: Spec, x: jax.Array, weight: jax.Array | None, low: jax.Arra
     else:
         loss = -jax.nn.softmax(x, -1) * jax.nn.log_softmax(quantized, -1)
     if weight is not None:
-        loss = loss * weight
+        loss = jnp.where(weight > 0, loss, 0)  # not a product: padding may hold anything
     return jnp.sum(loss, tuple(range(1, x.ndim)))
 
 
@@ -207,6 +207,9 @@ def start(spec: Spec, x: jax.Array, weight: jax.Array | None) -> SearchState:
 
 
 def search(spec: Spec, state: SearchState, x: jax.Array, weight: jax.Array | None) -> SearchState:
-    """Takes one more batch into account; arguments as in `start`."""
+    """Takes one more batch into account; arguments as in `start`. NaN or infinity in a row makes its range NaN."""
     assert isinstance(spec.estimator, Search)
-    return (_grid if spec.estimator.method == "grid" else _brent)(spec, state, x, weight)
+    state = (_grid if spec.estimator.method == "grid" else _brent)(spec, state, x, weight)
+    finite = jnp.isfinite(x) if weight is None else jnp.isfinite(x) | (weight <= 0)
+    sound = jnp.all(finite, tuple(range(1, x.ndim)))
+    return state._replace(low=jnp.where(sound, state.low, jnp.nan), high=jnp.where(sound, state.high, jnp.nan))

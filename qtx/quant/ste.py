@@ -110,7 +110,7 @@ def uniform_fixed(
 
 def _fixed_fwd(x, scale, zero_point, q_min, q_max):
     level, clipped = _levels(x, scale, zero_point, q_min, q_max)
-    inside = level == clipped
+    inside = ~((level < q_min) | (level > q_max))
     return (scale * (clipped - zero_point)).astype(x.dtype), (inside, scale, zero_point, q_min, q_max)
 
 

@@ -241,7 +241,6 @@ def test_no_permutation_no_pass():
     assert permutation_groups(Small(policy(activations=quant.asymmetric(8))), PARAMS, [], {}) == {}
 
 
-@pytest.mark.xfail(reason="permutation_groups takes extremes over all positions, padding included", strict=True)
 def test_padding_does_not_decide_the_permutation(padded, encoder):
     sites = list_sites(encoder, {"params": tiny.params()}, *padded[0])
     a, b = (permutation_groups(encoder, tiny.params(), [args], sites) for args in padded)

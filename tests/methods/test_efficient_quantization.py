@@ -1,4 +1,4 @@
-"""Policies of published configurations: sections 6.2 to 6.4 of the reference, with the bugs of section 14.B corrected."""
+"""Policies of published configurations: reference, sections 6.2 to 6.4, with the bugs of section 14.B corrected."""
 
 import functools
 
@@ -69,9 +69,10 @@ def test_values_out_of_range(value):
         with_value(A, value)
 
 
-def test_nothing_can_be_applied_to_full_precision():
-    with pytest.raises(UserError, match="kept in full precision"):
-        with_value(None, 8)
+def test_a_more_specific_key_brings_a_site_back_from_full_precision():
+    found = policy_of(W, A, {"y": "fp32", "y0": 4}, num_layers=2)
+    assert found.spec("activation", "encoder/layer_0/ffn/residual").bits == 4
+    assert found.spec("activation", "encoder/layer_1/ffn/residual") is None
 
 
 # Policies

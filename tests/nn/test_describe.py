@@ -7,7 +7,7 @@ from qtx.nn.describe import FULL, Row, describe
 from qtx.quant import asymmetric, per_channel, symmetric
 
 CONFIG = BertConfig(40, 16, 12, 2, 32, 16)
-IDS = jnp.zeros((1, 8), jnp.int32)
+IDS = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 INPUTS = (IDS, IDS, IDS)
 
 

@@ -1,0 +1,74 @@
+"""Shared by all tests: CPU settings, and a tiny model with its tokenizer and data."""
+
+import csv
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+WORDS = "the a film was good bad great awful very quite plot actor it is not and house in city we have time".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A random 2-layer BERT in the Hugging Face layout, with a word-level vocabulary."""
+    from transformers import BertTokenizerFast
+
+    from qtx import models
+    from qtx.nn import BertConfig
+
+    directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    tokenizer = BertTokenizerFast(vocab={token: i for i, token in enumerate(tokens)})
+    config = BertConfig(len(tokens), 16, 2, 2, 32, max_positions=32, initializer_range=0.2)
+    family = models.get_family("bert")
+    ids = jnp.zeros((1, 4), jnp.int32)
+    params = family.module(config=config).init(jax.random.key(0), ids, ids, ids)["params"]
+    models.save(directory, family, config, params, tokenizer)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A directory with `train.csv` and `validation.csv`: columns text and label, easy to tell apart."""
+    directory = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 96), ("validation", 48)):
+        with open(directory / f"{split}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            for i in range(count):
+                words = list(rng.choice(WORDS, rng.integers(2, 12)))
+                words.insert(0, rng.choice(["good", "great"] if i % 2 else ["bad", "awful"]))
+                writer.writerow([" ".join(words) + f" {i} {split}", "fresh" if i % 2 else "rotten"])
+    return directory
+
+
+@pytest.fixture
+def tiny_config(tiny_checkpoint, tiny_data):
+    """The default experiment on the tiny model and data."""
+    from qtx.experiments.config import base
+
+    config = base()
+    config.task = "table"
+    config.model.name = str(tiny_checkpoint)
+    config.data.train = str(tiny_data / "train.csv")
+    config.data.validation = str(tiny_data / "validation.csv")
+    config.data.max_length = 16
+    config.data.buckets = 2
+    config.data.eval_batch_size = 16
+    config.calibration.batch_size = 8
+    config.calibration.batches = 2
+    for phase in config.phases.values():
+        phase.batch_size = 8
+        phase.steps = 4
+        phase.optimizer.learning_rate = 1e-3
+    return config

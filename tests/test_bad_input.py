@@ -1,0 +1,255 @@
+"""The catalogue of bad input: each gives one clear line that names the thing and the remedy, before training starts."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from ml_collections import ConfigDict
+
+from qtx import data, models, quant
+from qtx.errors import UserError
+from qtx.experiments import run
+from qtx.experiments.compare import compare
+from qtx.experiments.config import policy_from, quantization
+from qtx.methods.calibrate import calibrate
+from qtx.nn import policy
+
+ROOT = Path(__file__).parents[1]
+
+
+def message(entry, *args, **kwargs) -> str:
+    """Runs `entry`, which must fail, and returns its one line."""
+    with pytest.raises(UserError) as caught:
+        entry(*args, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 400
+    return text
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    """A copy of the tiny checkpoint, to be damaged."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+
+
+@pytest.fixture(autouse=True)
+def _no_training(monkeypatch):
+    """Whatever is wrong must be found before training starts."""
+
+    def fit(*args, **kwargs):
+        raise AssertionError("training started")
+
+    monkeypatch.setattr(run, "fit", fit)
+
+
+def train(config, tmp_path):
+    return message(run.train_and_evaluate, config, tmp_path / "run")
+
+
+def test_unknown_task(tiny_config, tmp_path):
+    tiny_config.task = "rtee"
+    assert "'rtee'" in (text := train(tiny_config, tmp_path)) and "'rte'" in text
+
+
+def test_unknown_phase(tiny_config, tmp_path):
+    tiny_config.recipe = ("finetun",)
+    assert "'finetun'" in (text := train(tiny_config, tmp_path)) and "'finetune'" in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("weight_bits", 1, "1 bits"),
+        ("weight_bits", 17, "17 bits"),
+        ("weight_scheme", "symetric", "'symmetric'"),
+        ("weight_estimator", "msee", "'mse'"),
+        ("weight_options", {"momentun": 0.5}, "'momentum'"),
+        ("weight_granularity", "chanel", "'channel'"),
+        ("activation_granularity", "5", "5 groups do not divide its width 16"),
+        ("activation_range", "statik", "'static'"),
+        ("scale_domain", "logg", "'log'"),
+        ("setup", "FP_logit", "'FP_logits'"),
+        ("overrides", "yy=16", "'yy'"),
+        ("overrides", "y:16", "name=value"),
+        ("overrides", "y=sixteen", "'sixteen'"),
+        ("overrides", "y7=16", "layer 7"),
+        ("overrides", "p=ng4", "no feature axis"),
+    ],
+)
+def test_quantization_section(tiny_config, tmp_path, field, value, named):
+    tiny_config.recipe = ("finetune", "qat")
+    if isinstance(value, dict):
+        value = tiny_config.quant[field].__class__(value)
+    tiny_config.quant[field] = value
+    assert named in train(tiny_config, tmp_path)
+
+
+def test_quantized_phase_without_quantization(tiny_config, tmp_path):
+    tiny_config.recipe = ("qat",)
+    tiny_config.quant.weight_bits = tiny_config.quant.activation_bits = 32
+    assert "full precision" in train(tiny_config, tmp_path)
+
+
+def test_row_that_changes_an_unknown_field(tiny_config, tmp_path):
+    tiny_config.rows = ConfigDict({"broken": {"weight_bit": 4}})
+    assert "'broken'" in (text := message(compare, tiny_config, tmp_path)) and "weight_bit" in text
+
+
+def test_pattern_that_matches_nothing(tiny_checkpoint):
+    loaded = models.load(str(tiny_checkpoint))
+    ids = jnp.ones((2, 6), jnp.int32)
+    model = loaded.family.module(config=loaded.config, policy=policy(activations={"**/ffn/residul": quant.asymmetric(8)}))
+    text = message(calibrate, model, loaded.params, [(ids, ids, ids)])
+    assert "'**/ffn/residul'" in text and "ffn/residual" in text
+    assert "'zz'" in message(policy, weights={"zz": quant.symmetric(8)})
+
+
+def test_no_such_checkpoint(tiny_config, tmp_path):
+    tiny_config.model.name = str(tmp_path / "nothing")
+    assert "nothing" in train(tiny_config, tmp_path)
+
+
+def test_checkpoint_of_another_architecture(tiny_config, checkpoint, tmp_path):
+    config = json.loads((checkpoint / "config.json").read_text()) | {"model_type": "gpt2"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    tiny_config.model.name = str(checkpoint)
+    assert "'gpt2'" in (text := train(tiny_config, tmp_path)) and "bert" in text
+
+
+def damage(checkpoint, change):
+    path = checkpoint / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)
+
+
+def test_missing_tensor(tiny_config, checkpoint, tmp_path):
+    damage(checkpoint, lambda tensors: tensors.pop("bert.encoder.layer.1.output.dense.weight"))
+    tiny_config.model.name = str(checkpoint)
+    assert "encoder/layer_1/ffn/down" in train(tiny_config, tmp_path)
+
+
+def test_extra_tensor(tiny_config, checkpoint, tmp_path):
+    damage(checkpoint, lambda t: t.update({"bert.encoder.layer.9.output.dense.weight": np.zeros((2, 2), np.float32)}))
+    tiny_config.model.name = str(checkpoint)
+    assert "layer.9" in train(tiny_config, tmp_path)
+
+
+def test_truncated_checkpoint(tiny_config, checkpoint, tmp_path):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    tiny_config.model.name = str(checkpoint)
+    assert "truncated" in (text := train(tiny_config, tmp_path)) and "model.safetensors" in text
+
+
+def test_tokenizer_that_does_not_fit(tiny_config, checkpoint, tmp_path):
+    from transformers import BertTokenizerFast
+
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [f"word{i}" for i in range(200)]
+    BertTokenizerFast(vocab={token: i for i, token in enumerate(tokens)}).save_pretrained(checkpoint)
+    tiny_config.model.name = str(checkpoint)
+    assert "tokenizer" in train(tiny_config, tmp_path)
+
+
+def test_length_beyond_the_positions(tiny_config, tmp_path):
+    tiny_config.data.max_length = 64
+    assert "32 positions" in train(tiny_config, tmp_path)
+
+
+def test_tsv_with_a_wrong_column_count(tiny_config, tmp_path):
+    folder = tmp_path / "glue" / "RTE"
+    folder.mkdir(parents=True)
+    for split in ("train", "dev"):
+        rows = ["index\tsentence1\tsentence2\tlabel", "0\ta film\ta plot\tentailment", "1\tonly two"]
+        (folder / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    tiny_config.task, tiny_config.data.dir = "rte", str(tmp_path)
+    assert "train.tsv" in (text := train(tiny_config, tmp_path)) and "3" in text
+
+
+def test_empty_split(tiny_config, tmp_path):
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    tiny_config.data.validation = str(tmp_path / "empty.csv")
+    assert "empty.csv" in train(tiny_config, tmp_path)
+
+
+def test_missing_column(tiny_config, tmp_path):
+    tiny_config.data.label_column = "lable"
+    assert "'lable'" in (text := train(tiny_config, tmp_path)) and "label" in text
+
+
+def test_no_data_directory(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.delenv("QTX_DATA_DIR", raising=False)
+    monkeypatch.setattr(data.sources, "_require_network", lambda url: (_ for _ in ()).throw(OSError("offline")))
+    tiny_config.task, tiny_config.data.dir = "rte", str(tmp_path / "nowhere")
+    assert "nowhere" in train(tiny_config, tmp_path)
+    tiny_config.data.dir = None
+    assert "QTX_DATA_DIR" in train(tiny_config, tmp_path)
+
+
+def test_zero_calibration_batches(tiny_config, tmp_path):
+    tiny_config.recipe, tiny_config.calibration.batches = ("qat",), 0
+    assert "calibration" in train(tiny_config, tmp_path)
+
+
+def test_calibration_batch_larger_than_the_data(tiny_config, tmp_path):
+    tiny_config.recipe, tiny_config.calibration.batch_size = ("qat",), 1000
+    assert "1000" in train(tiny_config, tmp_path)
+
+
+def test_nan_in_calibration_names_the_site(tiny_checkpoint):
+    loaded = models.load(str(tiny_checkpoint))
+    ids = jnp.ones((2, 6), jnp.int32)
+    found = policy_from(quantization(), 2)
+    broken = dict(loaded.params, classifier={"kernel": jnp.ones((16, 2)), "bias": jnp.array([0.0, jnp.nan])})
+    model = loaded.family.module(config=loaded.config, policy=found)
+    text = message(calibrate, model, broken, [(ids, ids, ids)])
+    assert "classifier/output" in text and "NaN" in text
+    broken = dict(loaded.params, classifier={"kernel": jnp.full((16, 2), jnp.nan), "bias": jnp.zeros(2)})
+    assert "classifier/kernel" in message(calibrate, model, broken, [(ids, ids, ids)])
+
+
+def test_quantizing_a_model_without_a_trained_head(tiny_config, checkpoint, tmp_path):
+    damage(checkpoint, lambda tensors: [tensors.pop(name) for name in ("classifier.weight", "classifier.bias")])
+    tiny_config.model.name, tiny_config.model.fresh_head = str(checkpoint), False
+    assert "no trained classifier" in message(run.quantize, tiny_config, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("steps", -1, "no steps"),
+        ("accumulate", 3, "3 equal parts"),
+        ("trainable", ("nothing/**",), "nothing/**"),
+    ],
+)
+def test_phase_settings(tiny_config, tmp_path, monkeypatch, field, value, named):
+    monkeypatch.undo()
+    tiny_config.phases.finetune[field] = value
+    tiny_config.phases.finetune.epochs = 0.0
+    assert named in train(tiny_config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("--config.phases.finetune.epoch=2", "epoch"),
+        ("--config.task=rtee", "'rtee'"),
+        ("--config=configs/qat.py:w9", "'w9'"),
+        ("--config=configs/nothing.py", "nothing.py"),
+        ("surplus", "surplus"),
+    ],
+)
+def test_launcher_ends_with_one_line_and_status_1(tmp_path, argument, named):
+    command = [sys.executable, "launch/train.py", f"--workdir={tmp_path}", argument]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 1, done.stderr[-2000:]
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") and named in line
+    assert "Traceback" not in done.stderr
