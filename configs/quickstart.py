@@ -5,22 +5,25 @@
 `smoke` does the same on a few examples in seconds; its scores mean nothing.
 """
 
-from ml_collections import ConfigDict
-
 from qtx.experiments.config import base
 
-ROWS = {
-    "W8 weights only": dict(activation_bits=32),
-    "W8A8 naive (per tensor)": {},
-    "W8A8 mixed, x h y at 16 bits": dict(overrides="x=16, h=16, y=16"),
-    "W8A8 PEG, 6 permuted groups": dict(overrides="x=ngp6, h=ngp6, y=ngp6"),
-    "W4 per tensor": dict(weight_bits=4, activation_bits=32),
-    "W4 per channel": dict(weight_bits=4, activation_bits=32, weight_granularity="channel"),
-    "W4 per channel, MSE ranges": dict(
-        weight_bits=4, activation_bits=32, weight_granularity="channel", weight_estimator="mse"
+# Fields of `quant` in which a row differs from the default, W8A8 with min-max ranges per tensor.
+ROWS = (
+    dict(name="W8 per tensor", activation_bits=32),
+    dict(name="W8A8 naive"),
+    dict(name="W8A8 mixed: x h y at 16 bits", overrides="x=16, h=16, y=16"),
+    dict(name="W8A8 PEG: 6 permuted groups", overrides="x=ngp6, h=ngp6, y=ngp6"),
+    dict(name="W4 per tensor", weight_bits=4, activation_bits=32),
+    dict(name="W4 per channel", weight_bits=4, activation_bits=32, weight_granularity="channel"),
+    dict(
+        name="W4 per channel, MSE ranges",
+        weight_bits=4,
+        activation_bits=32,
+        weight_granularity="channel",
+        weight_estimator="mse",
     ),
-    "ternary per channel": dict(weight_scheme="ternary", activation_bits=32, weight_granularity="channel"),
-}
+    dict(name="ternary per channel", weight_scheme="ternary", activation_bits=32, weight_granularity="channel"),
+)
 
 
 def get_config(arg: str = "full"):
@@ -28,8 +31,10 @@ def get_config(arg: str = "full"):
     config = base()
     config.model.hidden_dropout = 0.0  # one epoch does not overfit, and random numbers are a quarter of a step on a CPU
     config.model.attention_dropout = 0.0
+    config.model.pooling = "mean"  # as the sentence encoder was trained
     config.phases.finetune.optimizer.learning_rate = 1e-4
-    config.rows = ConfigDict(ROWS)
+    config.data.buckets = 3
+    config.rows = ROWS
     if arg == "smoke":
         config.data.limit_train = 96
         config.data.limit_eval = 64

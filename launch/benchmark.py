@@ -12,9 +12,8 @@ import sys
 from absl import flags
 
 from qtx.experiments import benchmark
-from qtx.experiments.app import define_flags, launch
+from qtx.experiments.app import launch
 
-define_flags("configs/benchmark.py" + (":smoke" if "--smoke" in sys.argv else ""), "")
 flags.DEFINE_list("only", [], f"Rows to measure, of: {', '.join(benchmark.COMPARISONS)}; all by default.")
 flags.DEFINE_integer("rounds", None, "Overrides the rounds of every row.", lower_bound=1)
 flags.DEFINE_bool("smoke", False, "Tiny sizes: short for --config=configs/benchmark.py:smoke.")
@@ -29,4 +28,4 @@ def main(config, workdir: str) -> None:
 
 if __name__ == "__main__":
     benchmark.pin_to_one_core()
-    launch(main)
+    launch(main, "configs/benchmark.py" + (":smoke" if "--smoke" in sys.argv else ""), "")

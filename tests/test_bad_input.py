@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from ml_collections import ConfigDict
 
 from qtx import data, models, quant
 from qtx.errors import UserError
@@ -98,7 +97,7 @@ def test_quantized_phase_without_quantization(tiny_config, tmp_path):
 
 
 def test_row_that_changes_an_unknown_field(tiny_config, tmp_path):
-    tiny_config.rows = ConfigDict({"broken": {"weight_bit": 4}})
+    tiny_config.rows = ({"name": "broken", "weight_bit": 4},)
     assert "'broken'" in (text := message(compare, tiny_config, tmp_path)) and "weight_bit" in text
 
 

@@ -1,6 +1,6 @@
 """Fine-tune once, quantize in several ways, one table: the quickstart and the results tables.
 
-Every row of `config.rows` is a `quant` section that differs from the default in some fields.
+Every row of `config.rows` has a name and the fields in which its `quant` section differs from the default.
 """
 
 from __future__ import annotations
@@ -63,9 +63,13 @@ def bits_of(policy: Policy | None, kind: str) -> str:
 
 
 def row_sections(config: ConfigDict) -> dict[str, ConfigDict]:
-    """Returns the `quant` section of every row; raises a `UserError` on a field that does not exist."""
+    """Returns the `quant` section of every row by name; raises a `UserError` on a field that does not exist."""
     sections = {}
-    for name, changes in config.rows.items():
+    for row in config.rows:
+        changes = dict(row)
+        name = changes.pop("name", None)
+        if not name or name in sections:
+            raise UserError(f"every row needs a name of its own, not {name!r}")
         section = config.quant.copy_and_resolve_references()
         for field in changes:
             if field not in section:

@@ -88,8 +88,7 @@ class Embed(nn.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Maps int `[...]` to `[..., features]`."""
         table = self.param("table", self.table_init, (self.count, self.features), jnp.float32)
-        table = site(self, "table", table, kind="weight", channel_axis=0)
-        return jnp.take(table, ids, axis=0).astype(self.dtype)
+        return site(self, "table", table, kind="weight", channel_axis=0, lookup=ids).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):

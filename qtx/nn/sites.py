@@ -67,6 +67,7 @@ def site(
     where: jax.Array | None = None,
     channel_axis: int = -1,
     features: bool = True,
+    lookup: jax.Array | None = None,
 ) -> jax.Array:
     """Marks a tensor as a site and returns the value to go on with.
 
@@ -78,12 +79,13 @@ def site(
       where: bool, broadcastable to `x`: elements that count in calibration (not padding).
       channel_axis: the axis that `per_channel()` means.
       features: False if the last axis has no fixed meaning, so that per-embedding grids make no sense.
+      lookup: int `[...]`; for tables: the rows `x[lookup]` are returned, and only they are quantized where possible.
 
     Raises:
       UserError: if the policy wants a static range that was never calibrated.
     """
     if module.is_initializing():
-        return x
+        return x if lookup is None else jnp.take(x, lookup, axis=0)
     if module.is_mutable_collection("sites"):
         module.put_variable("sites", role, SiteInfo(kind, x.shape, channel_axis, features))
     if module.is_mutable_collection("captures"):
@@ -96,19 +98,21 @@ def site(
         x = jnp.where(gate, jax.lax.stop_gradient(value).astype(x.dtype), x)
     if module.has_variable("detach", role):
         x = jnp.where(module.get_variable("detach", role), jax.lax.stop_gradient(x), x)
-    if module.policy is None:
-        return x
-    spec = module.policy.spec(kind, "/".join((*module.path, role)))
+    spec = None if module.policy is None else module.policy.spec(kind, "/".join((*module.path, role)))
     if spec is None:
-        return x
-    return _quantized(module, role, x, spec.at(channel_axis, x.ndim), kind, where)
+        return x if lookup is None else jnp.take(x, lookup, axis=0)
+    spec = spec.at(channel_axis, x.ndim)
+    params = _params(module, role, x, spec, kind, where)
+    return grid.fake_quant(spec, x, params) if lookup is None else grid.fake_quant_rows(spec, x, lookup, params)
 
 
-def _quantized(module: Any, role: str, x: jax.Array, spec: Spec, kind: Kind, where: jax.Array | None) -> jax.Array:
+def _params(
+    module: Any, role: str, x: jax.Array, spec: Spec, kind: Kind, where: jax.Array | None
+) -> grid.QParams | None:
     if spec.is_codebook:
-        return grid.fake_quant(spec, x)
+        return None
     if spec.range == "dynamic":
-        return grid.fake_quant(spec, x, estimators.estimate(spec, x, where))
+        return estimators.estimate(spec, x, where)
     stored = module.get_variable("ranges", role)
     # Weights do not change while activations are calibrated: their range is estimated once.
     if module.is_mutable_collection("observers") and (kind != "weight" or stored is None):
@@ -120,7 +124,7 @@ def _quantized(module: Any, role: str, x: jax.Array, spec: Spec, kind: Kind, whe
     if stored is None:
         name = "/".join((*module.path, role))
         raise UserError(f"site {name!r} has no range yet; calibrate the model first, or give it range='dynamic'")
-    return grid.fake_quant(spec, x, grid.QParams(**stored))
+    return grid.QParams(**stored)
 
 
 def list_sites(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, SiteInfo]:

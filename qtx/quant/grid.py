@@ -132,6 +132,28 @@ def fake_quant(spec: Spec, x: jax.Array, params: QParams | None = None) -> jax.A
     return ste.uniform_fixed(x, *affine(spec, jax.lax.stop_gradient(params), x.shape))
 
 
+def fake_quant_rows(spec: Spec, table: jax.Array, ids: jax.Array, params: QParams | None = None) -> jax.Array:
+    """Returns `fake_quant(spec, table, params)[ids]`, quantizing only the rows that are looked up where that is the same.
+
+    Args:
+      spec: with concrete axes.
+      table: `[rows, dim]`.
+      ids: int `[...]`.
+      params: of the whole table.
+
+    Returns:
+      `[..., dim]`.
+    """
+    granularity = spec.granularity
+    whole = granularity.axis is None
+    if spec.is_codebook or params is None or granularity.groups is not None or not (whole or granularity.axis == 0):
+        return jnp.take(fake_quant(spec, table, params), ids, axis=0)
+    flat = ids.reshape(-1)
+    if not whole:
+        params = params._replace(scale=params.scale[flat], zero_point=params.zero_point[flat])
+    return fake_quant(spec, jnp.take(table, flat, axis=0), params).reshape(*ids.shape, table.shape[1])
+
+
 def quantize(spec: Spec, x: jax.Array, params: QParams | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the integers of `x` with what is needed to read them: `x_q = scale (integers - zero_point)`.
 

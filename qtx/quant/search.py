@@ -18,6 +18,8 @@ Grid, asymmetric scheme on two-sided data, also shifted by whole steps, `k = 0..
 from __future__ import annotations
 
 import dataclasses
+import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -27,6 +29,8 @@ from qtx.quant import grid
 from qtx.quant.exact import divide
 from qtx.quant.minimize import minimize_bounded
 from qtx.quant.spec import Granularity, MinMax, Search, Spec
+
+BLOCK = 2**15  # elements that stay in cache, with what is computed of them
 
 
 class SearchState(NamedTuple):
@@ -87,6 +91,51 @@ def row_losses(spec: Spec, x: jax.Array, weight: jax.Array | None, low: jax.Arra
     return jnp.sum(loss, tuple(range(1, x.ndim)))
 
 
+def _walk(spec: Spec, x: jax.Array, weight: jax.Array | None, low: jax.Array, high: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda _, c: (None, row_losses(spec, x, weight, *c)), None, (low, high))[1]
+
+
+def _walk_blocks(spec: Spec, x: jax.Array, weight: jax.Array | None, low: jax.Array, high: jax.Array) -> jax.Array:
+    """`_walk` for an element-wise loss, one block after the other: long rows in pieces, short rows several at a time."""
+    count, rows = low.shape
+    length = math.prod(x.shape[1:])
+    x, weight = x.reshape(rows, length), None if weight is None else weight.reshape(rows, length)
+    pieces, height = -(-length // BLOCK), min(max(BLOCK // length, 1), rows)
+    width = length // pieces
+
+    def add(number: jax.Array, losses: jax.Array) -> jax.Array:
+        row, column = number // pieces * height, number % pieces * width
+
+        def block(v: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(v, (row, column), (height, width))
+
+        low_here, high_here, so_far = (jax.lax.dynamic_slice(v, (0, row), (count, height)) for v in (low, high, losses))
+        so_far = so_far + _walk(spec, block(x), None if weight is None else block(weight), low_here, high_here)
+        return jax.lax.dynamic_update_slice(losses, so_far, (0, row))
+
+    losses = jax.lax.fori_loop(0, rows // height * pieces, add, jnp.zeros((count, rows), jnp.float32))
+    # What does not fill a block: the last rows, or the end of every row.
+    if rest := rows % height:
+        tail = _walk(spec, x[-rest:], None if weight is None else weight[-rest:], low[:, -rest:], high[:, -rest:])
+        losses = losses.at[:, -rest:].set(tail)
+    if rest := length % width:
+        losses = losses + _walk(spec, x[:, -rest:], None if weight is None else weight[:, -rest:], low, high)
+    return losses
+
+
+def candidate_losses(spec: Spec, x: jax.Array, weight: jax.Array | None, low: jax.Array, high: jax.Array) -> jax.Array:
+    """Returns the losses of all candidates, `[candidates, rows]`; arguments as in `row_losses`, ends `[candidates, rows]`.
+
+    A CPU tries all candidates on a block of the tensor while it is in cache: twice as fast as one pass per candidate,
+    and sums of blocks are more precise.
+    """
+    assert isinstance(spec.estimator, Search)
+    if spec.estimator.loss != "mse" or x.size == 0:
+        return _walk(spec, x, weight, low, high)
+    whole, blocked = partial(_walk, spec), partial(_walk_blocks, spec)
+    return jax.lax.platform_dependent(x, weight, low, high, cpu=blocked, default=whole)
+
+
 def _candidates(spec: Spec, state: SearchState) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Returns (low, high) of the one-sided or symmetric grid `[N, rows]` and of the shifted grid `[N * 2K, rows]`.
 
@@ -116,8 +165,7 @@ def _float32(ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
 
 def _grid(spec: Spec, state: SearchState, x: jax.Array, weight: jax.Array | None) -> SearchState:
     def losses_of(low: jax.Array, high: jax.Array) -> jax.Array:
-        _, losses = jax.lax.scan(lambda _, c: (None, row_losses(spec, x, weight, *c)), None, (low, high))
-        return losses.T
+        return candidate_losses(spec, x, weight, low, high).T
 
     with jax.enable_x64(True):
         plain, shifted = _candidates(spec, state)

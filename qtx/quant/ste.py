@@ -83,9 +83,8 @@ def _uniform_fwd(x, scale, zero_point, q_min, q_max):
 
 def _uniform_bwd(saved, g):
     x, scale, zero_point, q_min, q_max = saved
-    level, _ = _levels(x, scale, zero_point, q_min, q_max)
-    below, above = level < q_min, level > q_max
-    outside = below | above
+    level, clipped = _levels(x, scale, zero_point, q_min, q_max)
+    below, above, outside = level < q_min, level > q_max, level != clipped
     ratio = divide(x.astype(scale.dtype), scale)
     g_scale = g.astype(scale.dtype)
     rounding = jnp.where(above, q_max - zero_point, jnp.where(below, q_min - zero_point, jnp.round(ratio) - ratio))
@@ -110,7 +109,7 @@ def uniform_fixed(
 
 def _fixed_fwd(x, scale, zero_point, q_min, q_max):
     level, clipped = _levels(x, scale, zero_point, q_min, q_max)
-    inside = ~((level < q_min) | (level > q_max))
+    inside = level == clipped  # one comparison vectorises better than two; NaN counts as outside
     return (scale * (clipped - zero_point)).astype(x.dtype), (inside, scale, zero_point, q_min, q_max)
 
 

@@ -178,7 +178,8 @@ def make_step(
         return jax.value_and_grad(total_loss, has_aux=True)(state.trained, state, batch, constants, key)
 
     def train_step(state: TrainState, batch: Batch, constants: Any):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        # The generator of the hardware: half the compile time of the default, and fast on accelerators.
+        key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
         if phase.accumulate == 1:
             (loss, (weight, updated)), grads = gradients(state, batch, constants, key)
         else:
@@ -273,6 +274,8 @@ def fit(
         "ranges": replicate(variables.get("ranges", {}), mesh),
     }
     example = batches[0]
+    # Steps donate their state; what the caller gave stays the caller's, even if placing it needed no copy.
+    variables = jax.tree.map(jnp.copy, variables)
     with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints") as checkpoints, MetricsLog(workdir) as log:
         resumed = checkpoints.latest_step()
         position = int(np.searchsorted(ends, resumed, side="left")) if resumed is not None else 0

@@ -1,0 +1,300 @@
+"""The training loop: phases, resuming, sharding, accumulation."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import traverse_util
+
+from qtx.errors import UserError
+from qtx.experiments.run import make_recipe, train_and_evaluate
+from qtx.experiments.setup import setup
+from qtx.train.checkpoint import Checkpoints
+from qtx.train.logging import read_metrics
+from qtx.train.loop import fit, inputs, make_state, make_step
+from qtx.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def no_dropout(config):
+    config.model.hidden_dropout = config.model.attention_dropout = 0.0
+    return config
+
+
+def run_steps(config, count, **changes):
+    """Takes a few steps of the first phase without `fit`; returns the state, the losses and the compiled step."""
+    import dataclasses
+
+    experiment = setup(config)
+    recipe, _ = make_recipe(experiment)
+    phase = dataclasses.replace(recipe[0], **changes)
+    section = config.phases[config.recipe[0]]
+    batches = experiment.batches("train", section.batch_size, shuffle=True, epochs=None, seed=0)
+    variables = dict(experiment.variables)
+    if phase.prepare is not None:
+        variables["ranges"] = phase.prepare(phase.model, variables["params"])
+    optimizer = make_optimizer(phase.optimizer, count)
+    state = make_state(phase, variables, optimizer, 0, batches[0])
+    step = jax.jit(make_step(phase, optimizer, seed=0))
+    losses = []
+    for i in range(count):
+        state, measured = step(state, {k: jnp.asarray(v) for k, v in batches[i].items()}, None)
+        losses.append(float(measured["loss"]))
+    return state, losses, step, batches
+
+
+def test_training_learns_the_task(tiny_config, tmp_path):
+    tiny_config.phases.finetune.steps = 60
+    tiny_config.phases.finetune.optimizer.learning_rate = 5e-3
+    result = train_and_evaluate(tiny_config, tmp_path)
+    assert result["metrics"]["finetune"]["accuracy"] > 0.9
+    lines = read_metrics(tmp_path)
+    assert lines[0]["finetune/loss"] > 2 * lines[-1]["finetune/loss"]
+    for name in ("config.json", "report.md", "report.csv", "result_finetune.json", "model/model.safetensors", "tensorboard"):
+        assert (tmp_path / name).exists(), name
+
+
+def test_nothing_is_compiled_after_the_first_epoch(tiny_config):
+    experiment = setup(tiny_config)
+    per_epoch = experiment.batches("train", 8, True, None).batches_per_epoch
+    *_, step, batches = run_steps(tiny_config, 3 * per_epoch)
+    assert len(batches.buckets) == 2
+    assert step._cache_size() == len(batches.buckets)
+
+
+def test_accumulation_equals_the_whole_batch(tiny_config):
+    no_dropout(tiny_config)
+    whole, losses, *_ = run_steps(tiny_config, 3)
+    parts, same, *_ = run_steps(tiny_config, 3, accumulate=4)
+    np.testing.assert_allclose(losses, same, rtol=1e-5)
+    for name, value in whole.trained.items():
+        if name.endswith("key/bias"):
+            continue  # its gradient is zero but for rounding, which Adam scales up
+        np.testing.assert_allclose(value, parts.trained[name], atol=2e-5, err_msg=name)
+
+
+def test_dropout_depends_on_the_step_and_the_seed(tiny_config):
+    _, with_dropout, *_ = run_steps(tiny_config, 2)
+    _, again, *_ = run_steps(tiny_config, 2)
+    _, without, *_ = run_steps(no_dropout(tiny_config), 2)
+    assert with_dropout == again and with_dropout != without
+
+
+def test_frozen_parameters_do_not_move(tiny_config):
+    state, *_ = run_steps(tiny_config, 2, trainable=("encoder/layer_1/**", "classifier/**"))
+    before = flat(setup(tiny_config).pretrained.params)
+    assert {name.split("/")[1] for name in state.trained} == {"encoder", "classifier"}
+    moved = {name for name, value in before.items() if np.any(flat(state.variables()["params"])[name] != value)}
+    assert moved and all(name.startswith(("encoder/layer_1/", "classifier/")) for name in moved)
+
+
+def test_bfloat16_compute_keeps_float32_masters(tiny_config):
+    _, exact, *_ = run_steps(no_dropout(tiny_config), 3)
+    tiny_config.model.dtype = "bfloat16"
+    state, losses, *_ = run_steps(tiny_config, 3)
+    assert all(value.dtype == jnp.float32 for value in state.trained.values())
+    np.testing.assert_allclose(losses, exact, rtol=0.05)
+    assert losses != exact
+
+
+@pytest.mark.parametrize(("rule", "moves"), [("learned", True), ("fixed", False), ("updated", True)])
+def test_ranges_in_training(tiny_config, rule, moves):
+    tiny_config.recipe = ("qat",)
+    tiny_config.phases.qat.ranges = rule
+    experiment = setup(tiny_config)
+    phase = make_recipe(experiment)[0][0]
+    before = flat(phase.prepare(phase.model, experiment.pretrained.params))
+    if rule == "updated":
+        sites = traverse_util.unflatten_dict({k: v for k, v in before.items()}, sep="/")
+        _, changed = phase.model.apply(
+            {"params": experiment.pretrained.params, "ranges": sites},
+            *inputs(experiment.batches("train", 8, True, None)[0]),
+            mutable=["ranges", "observers"],
+        )
+        assert np.any(changed["ranges"]["classifier"]["output"]["scale"] != before["classifier/output/scale"])
+        return
+    state, *_ = run_steps(tiny_config, 3)
+    after = flat(state.variables()["ranges"])
+    for name in ("encoder/layer_0/ffn/residual/scale", "encoder/layer_0/ffn/up/kernel/scale"):
+        assert bool(np.any(after[name] != before[name])) == moves
+    assert not any(name.endswith("kernel/zero_point") for name in state.trained), "symmetric grids have no zero point"
+    assert any(name.endswith("residual/zero_point") for name in state.trained) == moves
+
+
+def test_updated_ranges_run_to_the_end(tiny_config, tmp_path):
+    tiny_config.recipe = ("qat",)
+    tiny_config.phases.qat.ranges = "updated"
+    result = train_and_evaluate(tiny_config, tmp_path)
+    assert np.isfinite(result["metrics"]["qat"]["score"])
+    assert (tmp_path / "quantized" / "model.qtx.safetensors").is_file()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path):
+    tiny_config.phases.finetune.optimizer.learning_rate = 1e30
+    tiny_config.phases.finetune.optimizer.warmup = 0.0
+    tiny_config.phases.finetune.steps = 20
+    with pytest.raises(UserError, match="learning rate"):
+        train_and_evaluate(tiny_config, tmp_path)
+
+
+def test_checkpoint_of_a_longer_run(tiny_config, tmp_path):
+    train_and_evaluate(tiny_config, tmp_path)
+    tiny_config.phases.finetune.steps = 2
+    with pytest.raises(UserError, match="another workdir"):
+        train_and_evaluate(tiny_config, tmp_path)
+
+
+def test_schedule():
+    rate = learning_rate(OptimizerConfig(warmup=0.1), 100)
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 0.5, 1, 0.5, 0], atol=1e-6)
+    assert learning_rate(OptimizerConfig(warmup=0.0, schedule="constant"), 7)(6) == 1
+    with pytest.raises(UserError, match="'linear'"):
+        OptimizerConfig(schedule="linar")
+
+
+def test_ranges_have_a_learning_rate_of_their_own_and_no_decay():
+    trained = {"params/x/kernel": jnp.ones(2), "ranges/x/kernel/scale": jnp.ones(2)}
+    config = OptimizerConfig(1e-2, range_learning_rate=1e-4, warmup=0.0, schedule="constant", weight_decay=0.5)
+    optimizer = make_optimizer(config, 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, trained), optimizer.init(trained), trained)
+    np.testing.assert_allclose(updates["params/x/kernel"], -1e-2 * 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(updates["ranges/x/kernel/scale"], 0)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, trained), optimizer.init(trained), trained)
+    np.testing.assert_allclose(updates["ranges/x/kernel/scale"], -1e-4, rtol=1e-3)
+
+
+def command(config_fixture, workdir, **overrides):
+    c = config_fixture
+    fields = {
+        "task": "table",
+        "model.name": c.model.name,
+        "data.train": c.data.train,
+        "data.validation": c.data.validation,
+        "data.max_length": 16,
+        "data.buckets": 1,
+        "calibration.batch_size": 8,
+        "calibration.batches": 1,
+        "phases.finetune.batch_size": 8,
+        "phases.finetune.steps": 6,
+        "phases.qat.batch_size": 8,
+        "phases.qat.steps": 60,
+        "checkpoint_every": 4,
+        "log_every": 4,
+    }
+    changes = [f"--config.{name}={value}" for name, value in (fields | overrides).items()]
+    return [sys.executable, "launch/train.py", "--config=configs/qat.py:w8a8", f"--workdir={workdir}", *changes]
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tiny_config, tmp_path):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    options = dict(cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    whole = subprocess.run(command(tiny_config, tmp_path / "whole"), **options)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+
+    killed = subprocess.Popen(command(tiny_config, tmp_path / "killed"), **options)
+    with Checkpoints(tmp_path / "killed" / "checkpoints") as checkpoints:
+        deadline = time.time() + 120
+        while (checkpoints.latest_step() or 0) < 12:  # in the second phase
+            assert killed.poll() is None, killed.stderr.read()[-2000:]
+            assert time.time() < deadline
+            time.sleep(0.01)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        killed.stderr.close()
+        left = checkpoints.latest_step()
+    assert left < 66, "the run was over before it was killed"
+    assert not (tmp_path / "killed" / "model").exists()
+
+    resumed = subprocess.run(command(tiny_config, tmp_path / "killed"), **options)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    for file in ("model/model.safetensors", "quantized/model.qtx.safetensors"):
+        a, b = (safetensors.numpy.load_file(tmp_path / run / file) for run in ("whole", "killed"))
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    steps = [line["step"] for line in read_metrics(tmp_path / "killed")]
+    assert steps == sorted(set(steps)) and steps[-1] == 66
+
+
+SHARDED = """
+import sys, json, jax, numpy as np
+from flax import traverse_util
+from jax.sharding import AxisType
+from qtx.experiments.config import base
+from qtx.experiments.run import make_recipe
+from qtx.experiments.setup import setup
+from qtx.train.loop import Saving, fit
+from qtx.train.logging import read_metrics
+
+config = base()
+for name, value in json.loads(sys.argv[1]).items():
+    config.update_from_flattened_dict({name: value})
+config.recipe = ("finetune", "qat")
+assert jax.device_count() == 8
+experiment = setup(config)
+recipe, _ = make_recipe(experiment)
+batches = experiment.batches("train", 8, True, None)
+auto = (AxisType.Auto,) * 2
+meshes = {
+    "single": jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1], axis_types=auto),
+    "data": jax.make_mesh((8, 1), ("data", "model"), axis_types=auto),
+    "both": jax.make_mesh((4, 2), ("data", "model"), axis_types=auto),
+}
+for name, mesh in meshes.items():
+    workdir = f"{sys.argv[2]}/{name}"
+    found = fit(recipe, batches, experiment.variables, mesh, workdir, 0, Saving(0, 1))
+    losses = [line.get("finetune/loss", line.get("qat/loss")) for line in read_metrics(workdir)]
+    params = traverse_util.flatten_dict(found["params"], sep="/")
+    split = [k for k, v in params.items() if not v.sharding.is_fully_replicated]
+    assert bool(split) == (name == "both"), split
+    np.savez(f"{sys.argv[2]}/{name}.npz", losses=losses, **{k: np.asarray(v) for k, v in params.items()})
+"""
+
+
+def test_eight_devices_give_the_loss_and_parameters_of_one(tiny_config, tmp_path):
+    import json
+
+    changes = {
+        "task": "table",
+        "model.name": tiny_config.model.name,
+        "model.hidden_dropout": 0.0,
+        "model.attention_dropout": 0.0,
+        "data.train": tiny_config.data.train,
+        "data.validation": tiny_config.data.validation,
+        "data.max_length": 16,
+        "data.buckets": 1,
+        "calibration.batch_size": 8,
+        "phases.finetune.steps": 3,
+        "phases.qat.steps": 3,
+    }
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    arguments = [sys.executable, "-c", SHARDED, json.dumps(changes), str(tmp_path)]
+    done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    single, *others = (np.load(tmp_path / f"{name}.npz") for name in ("single", "data", "both"))
+    assert len(single["losses"]) == 6
+    for other in others:
+        for name in single.files:
+            np.testing.assert_allclose(other[name], single[name], atol=3e-5, rtol=1e-4, err_msg=name)
+
+
+def test_a_batch_that_does_not_divide(tiny_config, tmp_path):
+    experiment = setup(tiny_config)
+    recipe, _ = make_recipe(experiment)
+    with pytest.raises(UserError, match="no phases"):
+        fit([], experiment.batches("train", 8, True, None), experiment.variables, experiment.mesh, tmp_path)
+    assert recipe[0].name == "finetune"
