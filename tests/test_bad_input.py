@@ -104,7 +104,9 @@ def test_row_that_changes_an_unknown_field(tiny_config, tmp_path):
 def test_pattern_that_matches_nothing(tiny_checkpoint):
     loaded = models.load(str(tiny_checkpoint))
     ids = jnp.ones((2, 6), jnp.int32)
-    model = loaded.family.module(config=loaded.config, policy=policy(activations={"**/ffn/residul": quant.asymmetric(8)}))
+    model = loaded.family.module(
+        config=loaded.config, policy=policy(activations={"**/ffn/residul": quant.asymmetric(8)})
+    )
     text = message(calibrate, model, loaded.params, [(ids, ids, ids)])
     assert "'**/ffn/residul'" in text and "ffn/residual" in text
     assert "'zz'" in message(policy, weights={"zz": quant.symmetric(8)})

@@ -16,7 +16,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
-from qtx.nn.describe import describe
 
 from qtx import models
 from qtx.errors import UserError, near_misses
@@ -25,6 +24,7 @@ from qtx.experiments.setup import Experiment, setup
 from qtx.export.packed import save_quantized
 from qtx.methods.calibrate import calibrate, quantized_weights
 from qtx.methods.qat import qat_phase
+from qtx.nn.describe import describe
 from qtx.nn.sites import check_policy
 from qtx.quant.policy import Policy
 from qtx.train.loop import Phase, Saving, fit

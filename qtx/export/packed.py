@@ -97,7 +97,11 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
 
     def rules(given: tuple[Rule, ...]) -> list[dict[str, Any]]:
         return [
-            {"pattern": rule.pattern, "label": rule.label, "spec": None if rule.spec is None else spec_to_json(rule.spec)}
+            {
+                "pattern": rule.pattern,
+                "label": rule.label,
+                "spec": None if rule.spec is None else spec_to_json(rule.spec),
+            }
             for rule in given
         ]
 
@@ -195,7 +199,9 @@ def _per_row(values: jax.Array, spec: Spec, shape: tuple[int, ...]) -> np.ndarra
     return np.broadcast_to(flat[:: max(flat.size // count, 1)], (count,))
 
 
-def _packed(spec: Spec, name: str, weight: jax.Array, ranges: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _packed(
+    spec: Spec, name: str, weight: jax.Array, ranges: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the header entry of one weight, and its tensors by name."""
     qparams = stored_qparams(ranges, name)
     if qparams is None and not spec.is_codebook:
@@ -281,7 +287,9 @@ def save_quantized(
     for name in sorted(flat.keys() | expected.keys()):
         found, wanted = (tree[name].shape if name in tree else "missing" for tree in (flat, expected))
         if found != wanted:
-            raise UserError(f"parameter {name!r}: {found} in the params, {wanted} by the config; save them with their own")
+            raise UserError(
+                f"parameter {name!r}: {found} in the params, {wanted} by the config; save them with their own"
+            )
     ids = jnp.zeros((1, 8), jnp.int32)
     sites = list_sites(model_family.module(config=config), {"params": abstract}, ids, ids, ids)
     check_policy(policy, sites)
@@ -426,7 +434,9 @@ def _check_config(path: Path, weights: Path, family: Family, config: BertConfig)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy it again beside {weights.name}") from None
     if hf.get("model_type") != family.name:
-        raise UserError(f"{path} is of the family {hf.get('model_type')!r}, but {weights.name} holds a {family.name!r} model")
+        raise UserError(
+            f"{path} is of the family {hf.get('model_type')!r}, but {weights.name} holds a {family.name!r} model"
+        )
     theirs = family.config_from_hf(hf)
     for field in dataclasses.fields(config):
         here, there = getattr(theirs, field.name), getattr(config, field.name)

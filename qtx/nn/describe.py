@@ -1,6 +1,6 @@
 """What is quantized in a model, how, and what is not and why: one table.
 
-    print(describe(model, {"params": params}, *inputs))
+print(describe(model, {"params": params}, *inputs))
 """
 
 from __future__ import annotations

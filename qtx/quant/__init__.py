@@ -1,8 +1,8 @@
 """The numeric core: pure functions and hashable specs, no Flax."""
 
+from qtx.quant.estimators import estimate, estimated_range, observe
 from qtx.quant.grid import QParams, dequantize, effective_scale, effective_zero_point, fake_quant, qparams, quantize
 from qtx.quant.minimize import minimize_bounded
-from qtx.quant.estimators import estimate, estimated_range, observe
 from qtx.quant.rows import groups_by_range
 from qtx.quant.spec import (
     ESTIMATORS,

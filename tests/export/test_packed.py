@@ -60,7 +60,9 @@ POLICIES = {
     "8 bits": policy(symmetric(8), A8),
     "4 bits per channel": policy(symmetric(4, per_channel()), {"**": A8, "y": asymmetric(16), "s": None}),
     "odd widths": policy({"**": asymmetric(3, per_channel()), "FFN": asymmetric(12), "Et": symmetric(5)}, A8),
-    "groups": policy({"**/kernel": symmetric(6, per_group(4, axis=0))}, {"**": A8, "y": asymmetric(8, per_group(4, True))}),
+    "groups": policy(
+        {"**/kernel": symmetric(6, per_group(4, axis=0))}, {"**": A8, "y": asymmetric(8, per_group(4, True))}
+    ),
     "per embedding": policy({"Et": symmetric(2, per_embedding())}, {"h": asymmetric(8, per_embedding())}),
     "log": policy(symmetric(7, per_channel(), scale_domain="log"), asymmetric(8, scale_domain="log")),
     "softplus, learned": policy(asymmetric(4, scale_domain="softplus", range="learned"), A8),
@@ -264,7 +266,9 @@ def test_truncated_altered_or_foreign_weights(tmp_path, saved):
 )
 def test_config_of_another_model(tmp_path, saved, change, match):
     _, config = copied(saved, tmp_path)
-    config.write_text(config.read_text()[:50] if change is None else json.dumps(json.loads(config.read_text()) | change))
+    config.write_text(
+        config.read_text()[:50] if change is None else json.dumps(json.loads(config.read_text()) | change)
+    )
     with pytest.raises(UserError, match=match) as error:
         load_quantized(tmp_path)
     assert str(config) in str(error.value)

@@ -32,9 +32,10 @@ def test_summary_counts(variables):
     assert described(variables, weights=symmetric(8), activations=asymmetric(8)).summary == (
         "quantized: 161 of 161 activations, 102 of 102 weights, 0 of 74 inputs; 99 other parameters in full precision"
     )
-    assert "160 of 161 activations, 1 of 102" in described(
-        variables, weights={"Et": symmetric(2)}, activations={"**": asymmetric(8), "C": None}
-    ).summary
+    assert (
+        "160 of 161 activations, 1 of 102"
+        in described(variables, weights={"Et": symmetric(2)}, activations={"**": asymmetric(8), "C": None}).summary
+    )
 
 
 def test_treatments_and_reasons(variables):

@@ -29,11 +29,6 @@ def flat(tree):
     return traverse_util.flatten_dict(tree, sep="/")
 
 
-def no_dropout(config):
-    config.model.hidden_dropout = config.model.attention_dropout = 0.0
-    return config
-
-
 def run_steps(config, count, **changes):
     """Takes a few steps of the first phase without `fit`; returns the state, the losses and the compiled step."""
     import dataclasses
@@ -63,7 +58,14 @@ def test_training_learns_the_task(tiny_config, tmp_path):
     assert result["metrics"]["finetune"]["accuracy"] > 0.9
     lines = read_metrics(tmp_path)
     assert lines[0]["finetune/loss"] > 2 * lines[-1]["finetune/loss"]
-    for name in ("config.json", "report.md", "report.csv", "result_finetune.json", "model/model.safetensors", "tensorboard"):
+    for name in (
+        "config.json",
+        "report.md",
+        "report.csv",
+        "result_finetune.json",
+        "model/model.safetensors",
+        "tensorboard",
+    ):
         assert (tmp_path / name).exists(), name
 
 
@@ -76,7 +78,6 @@ def test_nothing_is_compiled_after_the_first_epoch(tiny_config):
 
 
 def test_accumulation_equals_the_whole_batch(tiny_config):
-    no_dropout(tiny_config)
     whole, losses, *_ = run_steps(tiny_config, 3)
     parts, same, *_ = run_steps(tiny_config, 3, accumulate=4)
     np.testing.assert_allclose(losses, same, rtol=1e-5)
@@ -87,9 +88,10 @@ def test_accumulation_equals_the_whole_batch(tiny_config):
 
 
 def test_dropout_depends_on_the_step_and_the_seed(tiny_config):
+    _, without, *_ = run_steps(tiny_config, 2)
+    tiny_config.model.hidden_dropout = tiny_config.model.attention_dropout = 0.1
     _, with_dropout, *_ = run_steps(tiny_config, 2)
     _, again, *_ = run_steps(tiny_config, 2)
-    _, without, *_ = run_steps(no_dropout(tiny_config), 2)
     assert with_dropout == again and with_dropout != without
 
 
@@ -102,7 +104,7 @@ def test_frozen_parameters_do_not_move(tiny_config):
 
 
 def test_bfloat16_compute_keeps_float32_masters(tiny_config):
-    _, exact, *_ = run_steps(no_dropout(tiny_config), 3)
+    _, exact, *_ = run_steps(tiny_config, 3)
     tiny_config.model.dtype = "bfloat16"
     state, losses, *_ = run_steps(tiny_config, 3)
     assert all(value.dtype == jnp.float32 for value in state.trained.values())
@@ -199,8 +201,7 @@ def command(config_fixture, workdir, **overrides):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tiny_config, tmp_path):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
     options = dict(cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     whole = subprocess.run(command(tiny_config, tmp_path / "whole"), **options)
     assert whole.returncode == 0, whole.stderr[-2000:]
