@@ -61,6 +61,11 @@ def tiny_data(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny_config(tiny_checkpoint, tiny_data):
     """The default experiment on the tiny model and data."""
+    return make_tiny_config(tiny_checkpoint, tiny_data)
+
+
+def make_tiny_config(tiny_checkpoint: Path, tiny_data: Path):
+    """Returns the default experiment on a tiny model and data, without dropout."""
     from qtx.experiments.config import base
 
     config = base()

@@ -303,7 +303,7 @@ def fit(
             variables = state.variables()
             if after_phase is not None:
                 after_phase(phase, variables, end)
-    return variables
+    return dict(variables)
 
 
 def replicate_missing(state: TrainState, mesh: Mesh) -> TrainState:

@@ -1,0 +1,148 @@
+"""The entries behind the launchers, end to end, and every config file."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qtx.experiments.compare import bits_of, compare, tfidf_predictions
+from qtx.experiments.config import base, parse_overrides, policy_from, quantization
+from qtx.experiments.run import evaluate, quantize, train_and_evaluate
+from qtx.experiments.setup import load_dataset
+from qtx.models import load
+
+ROOT = Path(__file__).parents[2]
+ARGUMENTS = {
+    "finetune": ["film_reviews", "bbc_news", "rte", "smoke"],
+    "ptq": ["w8a8", "w8a8_mixed", "w8a8_peg", "w8a32", "w4a8", "w4a32", "ternary", "published", "smoke"],
+    "qat": ["w8a8", "w4a8", "w4a32", "w4a8_e2", "ternary", "smoke"],
+    "quickstart": ["full", "smoke"],
+    "results": ["rte", "mrpc"],
+}
+
+
+def get_config(name, argument):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert f"configs/{name}.py" in module.__doc__ or "launch/quickstart.py" in module.__doc__, "no command in the docstring"
+    return module.get_config(argument)
+
+
+def on_tiny(config, tiny):
+    """Puts a config file's experiment on the tiny model and data."""
+    for name in ("name",):
+        config.model[name] = tiny.model[name]
+    config.task = "table"
+    config.data.train, config.data.validation = tiny.data.train, tiny.data.validation
+    config.data.max_length = 16
+    config.calibration.batch_size = 8
+    return config
+
+
+@pytest.mark.parametrize(("name", "argument"), [(name, arg) for name, args in ARGUMENTS.items() for arg in args])
+def test_every_config_resolves(name, argument):
+    config = get_config(name, argument)
+    assert set(base()) <= set(config)
+    for phase in config.recipe:
+        assert phase in config.phases
+    if name in ("ptq", "qat"):
+        assert policy_from(config.quant, 6) is not None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, request):
+    """A trained tiny model: its run directory and the metric it reached."""
+    tiny = request.getfixturevalue("tiny_config_of_module")
+    workdir = tmp_path_factory.mktemp("trained")
+    tiny.phases.finetune.steps = 40
+    tiny.phases.finetune.optimizer.learning_rate = 5e-3
+    return workdir, train_and_evaluate(tiny, workdir)["metrics"]["finetune"], tiny
+
+
+@pytest.fixture(scope="module")
+def tiny_config_of_module(tiny_checkpoint, tiny_data):
+    from tests.conftest import make_tiny_config
+
+    return make_tiny_config(tiny_checkpoint, tiny_data)
+
+
+def ready(trained, config=None):
+    workdir, _, tiny = trained
+    config = on_tiny(config or base(), tiny)
+    config.model.name = str(workdir / "model")
+    config.model.fresh_head = False
+    return config
+
+
+def test_train_quantize_evaluate(trained, tmp_path):
+    workdir, reached, _ = trained
+    config = ready(trained)
+    assert evaluate(config, str(tmp_path / "full"))["score"] == pytest.approx(reached["score"])
+    result = quantize(config, tmp_path / "w8a8")
+    assert result["full_precision"]["score"] == pytest.approx(reached["score"])
+    assert result["quantized"]["score"] > 0.85
+    assert (tmp_path / "w8a8" / "sites.txt").read_text().count("encoder/") > 5
+    packed = tmp_path / "w8a8" / "quantized"
+    config = ready(trained)
+    config.model.name = str(packed)
+    assert evaluate(config)["score"] == pytest.approx(result["quantized"]["score"])
+    full = sum(x.size * 4 for x in load_leaves(workdir / "model"))
+    assert result["weight_bytes"] < 0.45 * full
+
+
+def load_leaves(directory):
+    import jax
+
+    return jax.tree.leaves(load(str(directory)).params)
+
+
+@pytest.mark.parametrize("argument", ["w8a8_mixed", "w8a32", "w4a8", "ternary"])
+def test_settings_of_the_ptq_config(trained, tmp_path, argument):
+    config = ready(trained, get_config("ptq", argument))
+    config.calibration.batches = 1
+    result = quantize(config, tmp_path)
+    assert np.isfinite(result["quantized"]["score"])
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+def test_smoke_of_qat(tiny_config, tmp_path):
+    config = on_tiny(get_config("qat", "smoke"), tiny_config)
+    config.data.limit_train = config.data.limit_eval = 0
+    result = train_and_evaluate(config, tmp_path)
+    assert set(result["metrics"]) == {"finetune", "qat"}
+    assert (tmp_path / "quantized" / "model.qtx.safetensors").is_file()
+
+
+def test_compare_leaves_table_plot_and_models(tiny_config, tmp_path):
+    config = on_tiny(get_config("quickstart", "smoke"), tiny_config)
+    config.data.limit_train = config.data.limit_eval = 0
+    config.rows = ({"name": "W8A8"}, {"name": "ternary", "weight_scheme": "ternary", "activation_bits": 32})
+    rows = compare(config, tmp_path)
+    assert [row.method for row in rows] == ["TF-IDF baseline", "full precision", "W8A8", "ternary"]
+    assert (rows[2].weight_bits, rows[2].activation_bits, rows[3].weight_bits) == ("8", "8", "1.58")
+    assert rows[3].weight_bytes < rows[2].weight_bytes < rows[1].weight_bytes
+    table = (tmp_path / "table.md").read_text()
+    assert all(row.method in table for row in rows)
+    for name in ("table.csv", "accuracy_size.png", "rows.json", "model/model.safetensors", "config.json"):
+        assert (tmp_path / name).stat().st_size > 0
+    for name in ("W8A8", "ternary"):
+        assert (tmp_path / "quantized" / name / "model.qtx.safetensors").is_file()
+
+
+def test_tfidf_baseline_learns(tiny_config):
+    dataset = load_dataset(tiny_config)
+    assert np.mean(tfidf_predictions(dataset) == dataset.splits["validation"].labels) > 0.9
+
+
+def test_overrides_and_bits():
+    assert parse_overrides(" y=16, h=ngp6,z1=fp32 ") == {"y": 16, "h": "ngp6", "z1": "fp32"}
+    section = quantization()
+    section.overrides = "y=16"
+    policy = policy_from(section, 2)
+    assert (bits_of(policy, "weight"), bits_of(policy, "activation")) == ("8", "8/16")
+    section.weight_bits = section.activation_bits = 32
+    section.overrides = ""
+    assert policy_from(section, 2) is None
