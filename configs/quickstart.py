@@ -1,4 +1,4 @@
-"""The quickstart: fine-tune MiniLM on film reviews, quantize it eight ways, one table.
+"""The quickstart: fine-tune MiniLM on film reviews, quantize it six ways, one table.
 
     python launch/quickstart.py --workdir=runs/quickstart
 
@@ -8,21 +8,14 @@
 from qtx.experiments.config import base
 
 # Fields of `quant` in which a row differs from the default, W8A8 with min-max ranges per tensor.
+WEIGHTS = dict(activation_bits=32)
 ROWS = (
-    dict(name="W8 per tensor", activation_bits=32),
-    dict(name="W8A8 naive"),
-    dict(name="W8A8 mixed: x h y at 16 bits", overrides="x=16, h=16, y=16"),
-    dict(name="W8A8 PEG: 6 permuted groups", overrides="x=ngp6, h=ngp6, y=ngp6"),
-    dict(name="W4 per tensor", weight_bits=4, activation_bits=32),
-    dict(name="W4 per channel", weight_bits=4, activation_bits=32, weight_granularity="channel"),
-    dict(
-        name="W4 per channel, MSE ranges",
-        weight_bits=4,
-        activation_bits=32,
-        weight_granularity="channel",
-        weight_estimator="mse",
-    ),
-    dict(name="ternary per channel", weight_scheme="ternary", activation_bits=32, weight_granularity="channel"),
+    dict(name="W8A8 naive, per tensor"),
+    dict(name="W8A8 PEG, per channel", overrides="x=ngp6, h=ngp6, y=ngp6", weight_granularity="channel"),
+    dict(name="W4 per tensor", weight_bits=4, **WEIGHTS),
+    dict(name="W4 per tensor, MSE ranges", weight_bits=4, weight_estimator="mse", **WEIGHTS),
+    dict(name="W4 per channel", weight_bits=4, weight_granularity="channel", **WEIGHTS),
+    dict(name="ternary per channel", weight_scheme="ternary", weight_granularity="channel", **WEIGHTS),
 )
 
 
@@ -33,8 +26,8 @@ def get_config(arg: str = "full"):
     config.model.attention_dropout = 0.0
     config.model.pooling = "mean"  # as the sentence encoder was trained
     config.phases.finetune.optimizer.learning_rate = 1e-4
-    config.data.buckets = 2
-    config.phases.finetune.trainable = ("encoder/layer_*/**", "pooler/**", "classifier/**")  # Adam on the table is slow
+    # The table and the lower layers stay as they are: a third of the time of a step, hardly any of the accuracy.
+    config.phases.finetune.trainable = (*(f"encoder/layer_{i}/**" for i in range(2, 6)), "pooler/**", "classifier/**")
     config.rows = ROWS
     if arg == "smoke":
         config.data.limit_train = 96

@@ -13,7 +13,7 @@ def get_config(arg: str = "mrpc"):
     config = base()
     config.model.pooling = "mean"
     config.model.hidden_dropout = config.model.attention_dropout = 0.0
-    config.data.buckets = 2
+    config.data.buckets = 3
     config.task = arg
     config.phases.finetune.epochs = 2.0
     config.phases.finetune.optimizer.learning_rate = 1e-4

@@ -54,7 +54,8 @@ def base() -> ConfigDict:
                 "limit_eval": 0,
                 "max_length": 128,  # tokens
                 "padding": "bucket",  # or 'max'
-                "buckets": 4,  # compiled lengths at most
+                "buckets": 4,  # compiled lengths at most, in training
+                "eval_buckets": 2,  # and in evaluation, where compiling again costs more than padding
                 "eval_batch_size": 64,
             },
             "phases": {

@@ -64,7 +64,7 @@ class Experiment:
     def batches(self, split: str, batch_size: int, shuffle: bool, epochs: int | None, seed: int = 0) -> Batches:
         """Returns the batches of a split."""
         encoded, c = self.encoded[split], self.config.data
-        buckets = bucket_lengths(encoded.lengths, c.max_length, c.buckets, c.padding)
+        buckets = bucket_lengths(encoded.lengths, c.max_length, c.buckets if shuffle else c.eval_buckets, c.padding)
         return Batches(
             encoded,
             batch_size,

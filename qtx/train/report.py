@@ -9,6 +9,7 @@ import json
 import numbers
 import os
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,9 @@ class Table:
             table.add_column(rich.text.Text(str(column)), justify="right" if right else "left")
         for row in self.rows:
             table.add_row(*(rich.text.Text(self._show(*pair)) for pair in zip(self.columns, row, strict=True)))
-        (console or rich.console.Console()).print(table)
+        # Logs have no width of their own; 80 columns would break every cell.
+        console = console or rich.console.Console(width=None if sys.stdout.isatty() else 160)
+        console.print(table)
 
     def save(self, directory: str | os.PathLike[str], name: str) -> None:
         """Writes `directory/name.md` and `directory/name.csv`, each atomically."""

@@ -27,7 +27,9 @@ def get_config(name, argument):
     spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert f"configs/{name}.py" in module.__doc__ or "launch/quickstart.py" in module.__doc__, "no command in the docstring"
+    assert f"configs/{name}.py" in module.__doc__ or "launch/quickstart.py" in module.__doc__, (
+        "no command in the docstring"
+    )
     return module.get_config(argument)
 
 
