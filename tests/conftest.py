@@ -16,9 +16,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Many tests compile the same program, some of them in processes of their own.
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 WORDS = "the a film was good bad great awful very quite plot actor it is not and house in city we have time".split()
 
@@ -74,7 +74,7 @@ def make_tiny_config(tiny_checkpoint: Path, tiny_data: Path):
     config.data.train = str(tiny_data / "train.csv")
     config.data.validation = str(tiny_data / "validation.csv")
     config.data.max_length = 16
-    config.data.buckets = 2
+    config.data.buckets = config.data.eval_buckets = 1
     config.data.eval_batch_size = 16
     config.model.hidden_dropout = config.model.attention_dropout = 0.0
     config.calibration.batch_size = 8

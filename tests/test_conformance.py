@@ -80,7 +80,13 @@ def test_there_are_cases():
     assert CASES, f"{GOLDEN} holds no manifests"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.project}/{case.id}")
+def parameter(case: Case):
+    """Whole models run in one worker, which shares them with the test of all."""
+    marks = [pytest.mark.xdist_group("models")] if case.section == "bert" else []
+    return pytest.param(case, marks=marks, id=f"{case.project}/{case.id}")
+
+
+@pytest.mark.parametrize("case", [parameter(case) for case in CASES])
 def test_case(case: Case):
     if case.project in PENDING_PROJECTS:
         pytest.xfail(f"{case.project} waits for issue {PENDING_PROJECTS[case.project]}")
@@ -91,6 +97,7 @@ def test_case(case: Case):
     handlers.HANDLERS[case.kind](case)
 
 
+@pytest.mark.xdist_group("models")
 def test_bert_cases_within_the_strict_tolerance():
     cases = [case for case in CASES if case.kind == "bert_forward"]
     if not cases:

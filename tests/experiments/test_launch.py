@@ -121,6 +121,7 @@ def test_smoke_of_qat(tiny_config, tmp_path):
 def test_compare_leaves_table_plot_and_models(tiny_config, tmp_path):
     config = on_tiny(get_config("quickstart", "smoke"), tiny_config)
     config.data.limit_train = config.data.limit_eval = 0
+    config.phases.finetune.trainable = ("**",)
     config.rows = ({"name": "W8A8"}, {"name": "ternary", "weight_scheme": "ternary", "activation_bits": 32})
     rows = compare(config, tmp_path)
     assert [row.method for row in rows] == ["TF-IDF baseline", "full precision", "W8A8", "ternary"]
@@ -136,7 +137,7 @@ def test_compare_leaves_table_plot_and_models(tiny_config, tmp_path):
 
 def test_tfidf_baseline_learns(tiny_config):
     dataset = load_dataset(tiny_config)
-    assert np.mean(tfidf_predictions(dataset) == dataset.splits["validation"].labels) > 0.9
+    assert np.mean(tfidf_predictions(dataset) == dataset.splits["validation"].labels) > 0.7
 
 
 def test_overrides_and_bits():

@@ -70,6 +70,7 @@ def test_training_learns_the_task(tiny_config, tmp_path):
 
 
 def test_nothing_is_compiled_after_the_first_epoch(tiny_config):
+    tiny_config.data.buckets = 2
     experiment = setup(tiny_config)
     per_epoch = experiment.batches("train", 8, True, None).batches_per_epoch
     *_, step, batches = run_steps(tiny_config, 3 * per_epoch)
@@ -187,6 +188,9 @@ def command(config_fixture, workdir, **overrides):
         "data.validation": c.data.validation,
         "data.max_length": 16,
         "data.buckets": 1,
+        "data.eval_buckets": 1,
+        "model.hidden_dropout": 0.1,
+        "model.attention_dropout": 0.0,
         "calibration.batch_size": 8,
         "calibration.batches": 1,
         "phases.finetune.batch_size": 8,
