@@ -63,7 +63,7 @@ def test_every_epoch_holds_every_example_once_at_full_content(lengths, batch_siz
             for row, example in enumerate(batch["index"]):
                 if example < 0:
                     assert batch["weights"][row] == 0 and batch["attention_mask"][row].sum() == 0
-                    assert batch["input_ids"][row].tolist() == [CLS] + [PAD] * (width - 1)
+                    assert batch["input_ids"][row].tolist() == [PAD] * width
                     assert batch["labels"][row] == 0 and not batch["token_type_ids"][row].any()
                     continue
                 n = lengths[example]
