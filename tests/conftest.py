@@ -11,6 +11,11 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# The same examples every time, and no deadline: compiling is slow and machines are shared.
+settings.register_profile("qtx", deadline=None, derandomize=True)
+settings.load_profile("qtx")
 
 jax.config.update("jax_default_matmul_precision", "highest")
 # Many tests compile the same program, some of them in processes of their own.
