@@ -26,8 +26,8 @@ def get_config(arg: str = "full"):
     config.model.attention_dropout = 0.0
     config.model.pooling = "mean"  # as the sentence encoder was trained
     config.phases.finetune.optimizer.learning_rate = 1e-4
-    # The table and the lower layers stay as they are: a third of the time of a step, hardly any of the accuracy.
-    config.phases.finetune.trainable = (*(f"encoder/layer_{i}/**" for i in range(2, 6)), "pooler/**", "classifier/**")
+    # The table stays as it is: Adam on 11.7 million more parameters is a tenth of the time of a step.
+    config.phases.finetune.trainable = ("encoder/layer_*/**", "pooler/**", "classifier/**")
     config.rows = ROWS
     if arg == "smoke":
         config.data.limit_train = 96
