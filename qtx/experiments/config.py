@@ -113,18 +113,19 @@ def quantization() -> ConfigDict:
             "scale_domain": "linear",  # 'log', 'softplus'
             "padding": "ignore",  # 'include': padding counts in the ranges, as published
             "setup": "all",  # 'FP_logits', 'MSE_logits'
-            "overrides": "",  # such as 'x=16, h=16, y=16' or 'y=ngp6, Et=2, z1=fp32'
+            "overrides": "",  # of activations, Et, wP, wC: such as 'x=16, h=16, y=16' or 'y=ngp6, Et=2, z1=fp32'
+            "weight_overrides": "",  # by short name or pattern: such as 'FFN=4, **/position/table=8, wC=fp32'
         }
     )
 
 
-def parse_overrides(text: str) -> dict[str, Value]:
-    """Parses `'y=16, h=ngp6, C=fp32'`; raises a `UserError` that shows the broken part."""
+def parse_overrides(text: str, field: str = "quant.overrides") -> dict[str, Value]:
+    """Parses `'y=16, h=ngp6, C=fp32'`; raises a `UserError` that shows the broken part of a field."""
     found: dict[str, Value] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         key, sign, value = (piece.strip() for piece in part.partition("="))
         if not sign or not key or not value:
-            raise UserError(f"quant.overrides: {part!r} is not of the form name=value, such as y=16 or h=ngp6")
+            raise UserError(f"{field}: {part!r} is not of the form name=value, such as y=16 or h=ngp6")
         found[key] = int(value) if value.isdigit() else value
     return found
 
@@ -175,17 +176,24 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
     granularity = _granularity(section.activation_granularity)
     everywhere = None if granularity == per_tensor() else granularity
     overrides = parse_overrides(section.overrides)
+    own = parse_overrides(section.weight_overrides, "quant.weight_overrides")
     if weights is None and activations is None:
         return None
-    if weights is not None and weights.is_codebook:
-        # Norm scales are not on a codebook: three values cannot hold them.
-        own = {key: overrides.pop(key) for key in ("Et", "wP", "wC") if key in overrides}
+    if own and weights is None:
+        raise UserError("quant.weight_overrides is given, but quant.weight_bits is 32: give the other weights bits too")
+    if weights is None or not weights.is_codebook:
+        found = policy_of(weights, activations, overrides, num_layers, section.setup, everywhere)
+        rules: dict[str, Spec | None] = {}
+        base = weights
+    else:
+        own = {key: overrides.pop(key) for key in ("Et", "wP", "wC") if key in overrides} | own
         found = policy_of(None, activations, overrides, num_layers, section.setup, everywhere)
-        eight = Spec(8, "symmetric", per_channel(), range="static")
+        # Norm scales are not on a codebook: three values cannot hold them. What leaves the codebook has a uniform grid.
         rules = {"**": weights, "**/norm/scale": None}
-        rules |= {key: with_value(eight, value) for key, value in own.items()}
-        return dataclasses.replace(found, weights=make_policy(weights=rules).weights)
-    return policy_of(weights, activations, overrides, num_layers, section.setup, everywhere)
+        base = Spec(8, "symmetric", per_channel(), range="static")
+    if base is not None:
+        rules |= {key: with_value(base, value) for key, value in own.items()}
+    return dataclasses.replace(found, weights=found.weights + make_policy(weights=rules).weights)
 
 
 def optimizer_from(section: ConfigDict) -> OptimizerConfig:

@@ -30,6 +30,7 @@ from qtx.quant.spec import Spec
 Args = tuple[Any, ...]
 
 _estimate = jax.jit(estimators.estimate, static_argnums=0)
+_fake_quant = jax.jit(grid.fake_quant, static_argnums=0)
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
@@ -101,7 +102,7 @@ def permutation_groups(
     recorder = model.clone(policy=quiet)
 
     @jax.jit
-    def record(args: Args) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def record(params: Any, args: Args) -> dict[str, tuple[jax.Array, jax.Array]]:
         _, found = recorder.apply({"params": params}, *args, mutable=["captures", "masks"])
         captured = traverse_util.flatten_dict(found["captures"], sep="/")
         masks = traverse_util.flatten_dict(found.get("masks", {}), sep="/")
@@ -116,7 +117,7 @@ def permutation_groups(
     lows: dict[str, Any] = {}
     highs: dict[str, Any] = {}
     for args in batches[-1:] if published else batches:
-        for name, (low, high) in record(args).items():
+        for name, (low, high) in record(params, args).items():
             lows[name] = jnp.minimum(lows.get(name, low), low)
             highs[name] = jnp.maximum(highs.get(name, high), high)
 
@@ -180,15 +181,16 @@ def calibrate(
         return ranges
     groups = permutation_groups(model, params, batches, sites, share_permutation, published=permutation == "published")
 
+    # Parameters are arguments: as constants of the compiled function they double the time of compilation.
     @jax.jit
-    def step(collections: dict[str, Any], args: Args) -> dict[str, Any]:
+    def step(params: Any, collections: dict[str, Any], args: Args) -> dict[str, Any]:
         given = {"params": params, "groups": groups, **collections}
         _, updated = model.apply(given, *args, mutable=["ranges", "observers"])
         return dict(updated)
 
     collections: dict[str, Any] = {"ranges": ranges}
     for args in batches:
-        collections = step(collections, args)
+        collections = step(params, collections, args)
         _check_finite(collections["ranges"], "the calibration data or the activations hold NaN or infinity")
     return collections["ranges"]
 
@@ -231,5 +233,7 @@ def fake_quant_weight(spec: Spec, weight: jax.Array, ranges: Mapping[str, Any], 
     """Puts one weight on its grid, with its stored range or one of its own (dynamic)."""
     params = stored_qparams(ranges, name)
     if params is None and not spec.is_codebook:
+        if spec.range != "dynamic":
+            raise UserError(f"weight {name!r} has no range; calibrate with the same policy first")
         params = _estimate(spec, weight)
-    return grid.fake_quant(spec, weight, params)
+    return _fake_quant(spec, weight, params)

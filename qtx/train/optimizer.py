@@ -21,6 +21,8 @@ class OptimizerConfig:
     Attributes:
       learning_rate: peak.
       range_learning_rate: peak for learned ranges; None: the same as for weights.
+      rate_factors: pairs of a pattern over parameter names and a factor on their learning rate, such as
+        `('classifier/**', 10.0)` for a fresh head; the last pair that matches counts.
       warmup: share of the steps with a linearly rising rate.
       schedule: what follows: linear decay to zero, cosine decay to zero, or constant.
       weight_decay: decoupled; not for biases, norms and ranges.
@@ -32,6 +34,7 @@ class OptimizerConfig:
 
     learning_rate: float = 5e-5
     range_learning_rate: float | None = None
+    rate_factors: tuple[tuple[str, float], ...] = ()
     warmup: float = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = 0.01
@@ -45,6 +48,9 @@ class OptimizerConfig:
             raise UserError(f"unknown schedule {self.schedule!r}; choose from 'linear', 'cosine', 'constant'")
         if self.learning_rate <= 0:
             raise UserError(f"learning_rate must be positive, not {self.learning_rate}")
+        for pair in self.rate_factors:
+            if len(pair) != 2 or not isinstance(pair[0], str) or pair[1] <= 0:
+                raise UserError(f"rate_factors: {pair!r} is not a pair of a pattern and a positive factor")
         if not 0 <= self.warmup < 1:
             raise UserError(f"warmup {self.warmup} is a share of the steps: it must lie in [0, 1)")
 
@@ -61,26 +67,28 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warm), after], [warm]) if warm else after
 
 
+def rate_factor(config: OptimizerConfig, name: str) -> float:
+    """Returns the factor on the learning rate of one array, `params/...` or `ranges/...`."""
+    if name.startswith("ranges/"):
+        return 1.0 if config.range_learning_rate is None else config.range_learning_rate / config.learning_rate
+    path = name.removeprefix("params/")
+    return next((factor for pattern, factor in reversed(config.rate_factors) if matches(pattern, path)), 1.0)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Returns the optimizer for a phase of `steps` steps over a flat dict of arrays by name."""
     schedule = learning_rate(config, steps)
 
-    def adamw(peak: float) -> optax.GradientTransformation:
-        def decayed(tree):
-            return {name: not any(matches(pattern, name) for pattern in NO_DECAY) for name in tree}
+    def decayed(tree):
+        return {name: not any(matches(pattern, name) for pattern in NO_DECAY) for name in tree}
 
-        return optax.chain(
-            optax.scale_by_adam(config.b1, config.b2, config.eps),
-            optax.add_decayed_weights(config.weight_decay, mask=decayed),
-            optax.scale_by_schedule(lambda step: -peak * schedule(step)),
-        )
+    def scaled(updates, _):
+        return {name: update * rate_factor(config, name) for name, update in updates.items()}
 
-    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm > 0 else optax.identity()
-    if config.range_learning_rate is None:
-        return optax.chain(clip, adamw(config.learning_rate))
-    groups = {"weights": adamw(config.learning_rate), "ranges": adamw(config.range_learning_rate)}
-
-    def label(tree):
-        return {name: "ranges" if name.startswith("ranges/") else "weights" for name in tree}
-
-    return optax.chain(clip, optax.partition(groups, label))
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm > 0 else optax.identity(),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.scale_by_schedule(lambda step: -config.learning_rate * schedule(step)),
+        optax.stateless(scaled),
+    )

@@ -261,22 +261,24 @@ meshes = {
 }
 for name, mesh in meshes.items():
     workdir = f"{sys.argv[2]}/{name}"
-    found = fit(recipe[:1], batches, experiment.variables, mesh, workdir, 0, Saving(0, 1))
-    losses = [line["finetune/loss"] for line in read_metrics(workdir)]
-    fit(recipe[1:], batches, experiment.variables, mesh, workdir + "_qat", 0, Saving(0, 1))
-    quantized = [line["qat/loss"] for line in read_metrics(workdir + "_qat")]
-    params = traverse_util.flatten_dict(found["params"], sep="/")
+    found = fit(recipe, batches, experiment.variables, mesh, workdir, 0, Saving(0, 1))
+    losses = [line[key] for line in read_metrics(workdir) for key in line if key.endswith("/loss")]
+    params = {k: v for k, v in traverse_util.flatten_dict(found, sep="/").items() if v is not None}
     split = [k for k, v in params.items() if not v.sharding.is_fully_replicated]
     assert bool(split) == (name == "both"), split
-    np.savez(f"{sys.argv[2]}/{name}.npz", losses=losses, quantized=quantized, **{k: np.asarray(v) for k, v in params.items()})
+    np.savez(f"{sys.argv[2]}/{name}.npz", losses=losses, **{k: np.asarray(v) for k, v in params.items()})
 """
 
 
 def test_eight_devices_give_the_loss_and_parameters_of_one(tiny_config, tmp_path):
     import json
 
+    # A key's bias has no influence: its gradient is rounding alone, which Adam scales up and a quantized key then shows.
+    trainable = ("**/kernel", "**/table", "**/norm/*", "**/query/bias", "**/value/bias", "**/out/bias", "**/ffn/*/bias")
     changes = {
         "task": "table",
+        "phases.finetune.trainable": trainable,
+        "phases.qat.trainable": trainable,
         "model.name": tiny_config.model.name,
         "model.hidden_dropout": 0.0,
         "model.attention_dropout": 0.0,
@@ -293,13 +295,12 @@ def test_eight_devices_give_the_loss_and_parameters_of_one(tiny_config, tmp_path
     done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     single, *others = (np.load(tmp_path / f"{name}.npz") for name in ("single", "data", "both"))
-    assert len(single["losses"]) == len(single["quantized"]) == 3
+    assert len(single["losses"]) == 6
     for other in others:
-        # A sum in another order can push a value over a rounding step, which a loss of 8-bit activations shows.
-        np.testing.assert_allclose(other["quantized"], single["quantized"], rtol=1e-2)
-        for name in set(single.files) - {"quantized"}:
-            if not name.endswith("key/bias"):  # its gradient is zero but for rounding, which Adam scales up
-                np.testing.assert_allclose(other[name], single[name], atol=3e-5, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(other["losses"], single["losses"], rtol=1e-5)
+        assert set(other.files) == set(single.files)
+        for name in single.files:
+            np.testing.assert_allclose(other[name], single[name], atol=3e-5, rtol=1e-4, err_msg=name)
 
 
 def test_a_batch_that_does_not_divide(tiny_config, tmp_path):
