@@ -228,11 +228,13 @@ def test_quantizing_a_model_without_a_trained_head(tiny_config, checkpoint, tmp_
         ("steps", -1, "no steps"),
         ("accumulate", 3, "3 equal parts"),
         ("trainable", ("nothing/**",), "nothing/**"),
+        ("optimizer.rate_factors", (("poller/**", 10.0),), "poller/**"),
+        ("optimizer.rate_factors", (("pooler/**", -1.0),), "positive factor"),
     ],
 )
 def test_phase_settings(tiny_config, tmp_path, monkeypatch, field, value, named):
     monkeypatch.undo()
-    tiny_config.phases.finetune[field] = value
+    tiny_config.phases.finetune.update_from_flattened_dict({field: value})
     tiny_config.phases.finetune.epochs = 0.0
     assert named in train(tiny_config, tmp_path)
 

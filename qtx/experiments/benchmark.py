@@ -33,13 +33,14 @@ from flax import traverse_util
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from qtx.errors import UserError, near_misses
+from qtx.files import write_text
 from qtx.methods.calibrate import calibrate
 from qtx.nn.aliases import policy
 from qtx.nn.bert import MASKED, BertClassifier, BertConfig
 from qtx.quant import Spec, asymmetric, estimate, estimator, per_channel, per_tensor, symmetric
 from qtx.train.loop import Phase, inputs, make_state, make_step
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
-from qtx.train.report import Table, write_text_atomic
+from qtx.train.report import Table
 
 Program = Callable[[], Any]
 
@@ -425,5 +426,5 @@ def run(config: ConfigDict, workdir: str | Path = "", only: Sequence[str] = ()) 
     print(table.markdown(), end="")
     if workdir:
         table.save(workdir, "benchmark")
-        write_text_atomic(Path(workdir) / "environment.txt", described)
+        write_text(Path(workdir) / "environment.txt", described)
     return table

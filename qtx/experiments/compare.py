@@ -21,10 +21,11 @@ from qtx.errors import UserError, near_misses
 from qtx.experiments.config import policy_from
 from qtx.experiments.run import post_training_quantization, save_quantized, train_and_evaluate
 from qtx.experiments.setup import Experiment
+from qtx.files import write_text
 from qtx.nn.sites import check_policy
 from qtx.quant.policy import Policy
 from qtx.train import metrics
-from qtx.train.report import Table, plot_accuracy_against_size, write_text_atomic
+from qtx.train.report import Table, plot_accuracy_against_size
 
 
 def tfidf_predictions(dataset: data.Dataset) -> Any:
@@ -159,4 +160,4 @@ def report(rows: list[Row], workdir: Path, experiment: Experiment) -> None:
     table.save(workdir, "table")
     points = [(r.method, r.weight_bytes, r.score) for r in rows if r.weight_bytes]
     plot_accuracy_against_size(points, workdir / "accuracy_size.png", (rows[0].method, rows[0].score), ylabel=name)
-    write_text_atomic(workdir / "rows.json", json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+    write_text(workdir / "rows.json", json.dumps([dataclasses.asdict(row) for row in rows], indent=2))

@@ -22,13 +22,14 @@ from qtx.errors import UserError, near_misses
 from qtx.experiments.config import optimizer_from, policy_from
 from qtx.experiments.setup import Experiment, setup
 from qtx.export.packed import save_quantized
+from qtx.files import write_text
 from qtx.methods.calibrate import calibrate, quantized_weights
 from qtx.methods.qat import qat_phase
 from qtx.nn.describe import describe
 from qtx.nn.sites import check_policy
 from qtx.quant.policy import Policy
 from qtx.train.loop import Phase, Saving, fit
-from qtx.train.report import Table, save_config, write_text_atomic
+from qtx.train.report import Table, save_config
 
 
 def _calibration_options(config: ConfigDict) -> dict[str, Any]:
@@ -114,9 +115,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
         found[phase.name] = experiment.evaluate(phase.model, variables)
         seconds[phase.name] = time.perf_counter() - clock
         clock = time.perf_counter()
-        write_text_atomic(
-            workdir / f"result_{phase.name}.json", json.dumps(found[phase.name] | {"step": step}, indent=2)
-        )
+        write_text(workdir / f"result_{phase.name}.json", json.dumps(found[phase.name] | {"step": step}, indent=2))
 
     variables = fit(
         recipe,
@@ -228,7 +227,7 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     directory = workdir / "quantized"
     size = save_quantized(directory, family, sizes, policy, params, quantized.ranges, experiment.tokenizer)
     listing = describe(experiment.model.clone(policy=policy), {"params": params}, *batches[0])
-    write_text_atomic(workdir / "sites.txt", f"{listing}\n")
+    write_text(workdir / "sites.txt", f"{listing}\n")
     full = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
     columns = ["model", *before, "MiB of weights"]
     rows = [["full precision", *before.values(), full / 2**20], ["quantized", *after.values(), size / 2**20]]
@@ -236,7 +235,7 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     table.print()
     table.save(workdir, "report")
     result = {"full_precision": before, "quantized": after, "weight_bytes": size}
-    write_text_atomic(workdir / "result.json", json.dumps(result, indent=2))
+    write_text(workdir / "result.json", json.dumps(result, indent=2))
     return result
 
 
@@ -253,7 +252,7 @@ def evaluate(config: ConfigDict, workdir: str | Path | None = None) -> dict[str,
     Table(["model", *values], [[config.model.name, *values.values()]]).print()
     if workdir:
         save_config(config, workdir)
-        write_text_atomic(Path(workdir) / "result.json", json.dumps(values, indent=2))
+        write_text(Path(workdir) / "result.json", json.dumps(values, indent=2))
     return values
 
 

@@ -17,13 +17,11 @@ not: compiled with the fake quantization of its weights inside, a model may roun
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from qtx.errors import UserError, near_misses
+from qtx.files import whole_file, write_text
 from qtx.methods.calibrate import stored_qparams
 from qtx.models.checkpoints import abstract_params
 from qtx.models.families import Family, get_family
@@ -316,10 +315,9 @@ def save_quantized(
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    with _whole(directory / WEIGHTS_FILE) as partial:
+    with whole_file(directory / WEIGHTS_FILE) as partial:
         safetensors.numpy.save_file(tensors, partial, metadata)
-    with _whole(directory / "config.json") as partial:
-        partial.write_text(json.dumps(hf, indent=2) + "\n")
+    write_text(directory / "config.json", json.dumps(hf, indent=2) + "\n")
     return total
 
 
@@ -344,17 +342,6 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str
         found.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
         found.update(np.ascontiguousarray(tensors[name]).data)
     return found.hexdigest()
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`; what is written there becomes `path` at the end, or vanishes on an error."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_quantized(directory: str | Path) -> Quantized:

@@ -19,6 +19,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from qtx.errors import UserError, near_misses
+from qtx.files import whole_file, write_text
 from qtx.models.families import Family, get_family
 from qtx.nn.bert import BertConfig
 
@@ -89,7 +90,10 @@ def read_config(directory: Path) -> tuple[Family, BertConfig]:
         hf = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); is the file truncated?") from None
-    family = get_family(str(hf.get("model_type")))
+    try:
+        family = get_family(str(hf.get("model_type")))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return family, family.config_from_hf(hf)
 
 
@@ -249,10 +253,6 @@ def save(
     hf = {"architectures": [family.architecture], "model_type": family.name, **family.config_to_hf(config)}
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    weights = directory / "model.safetensors"
-    partial = weights.with_suffix(".partial")
-    safetensors.numpy.save_file(to_hf_tensors(family, params), partial, metadata={"format": "pt"})
-    os.replace(partial, weights)
-    partial = directory / "config.json.partial"
-    partial.write_text(json.dumps(hf, indent=2) + "\n")
-    os.replace(partial, directory / "config.json")
+    with whole_file(directory / "model.safetensors") as partial:
+        safetensors.numpy.save_file(to_hf_tensors(family, params), partial, metadata={"format": "pt"})
+    write_text(directory / "config.json", json.dumps(hf, indent=2) + "\n")

@@ -18,7 +18,7 @@ import rich.progress
 import rich.text
 import tensorboardX
 
-from qtx.train.report import write_text_atomic
+from qtx.files import write_text
 
 _FILE = "metrics.jsonl"
 
@@ -81,7 +81,7 @@ class MetricsLog:
             return
         self.close()
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text_atomic(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        write_text(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step))
         self._open(purge_step=step + 1)
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ def _repair(path: Path) -> None:
         whole += tail + b"\n"
     except ValueError:
         pass
-    write_text_atomic(path, whole.decode("utf-8"))
+    write_text(path, whole.decode("utf-8"))
 
 
 class Progress:

@@ -133,24 +133,27 @@ def is_trained(phase: Phase, sites: Mapping[str, SiteInfo], name: str, value: An
 def make_state(
     phase: Phase, variables: Mapping[str, Any], optimizer: optax.GradientTransformation, step: int, example: Batch
 ) -> TrainState:
-    """Splits the variables of a phase into what is trained and what is not.
-
-    Raises:
-      UserError: if a `trainable` pattern matches no parameter.
-    """
+    """Splits the variables of a phase into what is trained and what is not."""
     sites = list_sites(phase.model, variables, *inputs(example))
     flat = {
         f"{collection}/{name}": value
         for collection in ("params", "ranges")
         for name, value in traverse_util.flatten_dict(variables.get(collection, {}), sep="/").items()
     }
-    names = [name.partition("/")[2] for name in flat if name.startswith("params/")]
-    for pattern in phase.trainable:
-        if not any(matches(pattern, name) for name in names):
-            raise UserError(f"phase {phase.name!r}: the trainable pattern {pattern!r} matches no parameter")
     trained = {name: value for name, value in flat.items() if is_trained(phase, sites, name, value)}
     frozen = {name: value for name, value in flat.items() if name not in trained}
     return TrainState(jnp.int32(step), trained, frozen, {}, optimizer.init(trained))
+
+
+def check_phase(phase: Phase, params: Mapping[str, Any]) -> None:
+    """Raises a `UserError` if a pattern of a phase, of `trainable` or of `rate_factors`, matches no parameter."""
+    names = traverse_util.flatten_dict(params, sep="/")
+    factors = [pattern for pattern, _ in phase.optimizer.rate_factors]
+    for field, patterns in (("trainable", phase.trainable), ("rate_factors", factors)):
+        for pattern in patterns:
+            if not any(matches(pattern, name) for name in names):
+                example = next(iter(names))
+                raise UserError(f"phase {phase.name!r}: {field} {pattern!r} matches no parameter, such as {example!r}")
 
 
 def make_step(
@@ -252,13 +255,14 @@ def fit(
       The final `params` and `ranges`.
 
     Raises:
-      UserError: on a phase without steps, batches that do not divide, a checkpoint of another run, or a loss that is not
-        finite.
+      UserError: on a phase without steps, a pattern that matches no parameter, batches that do not divide, a checkpoint of
+        another run, or a loss that is not finite.
     """
     if not recipe:
         raise UserError("the recipe has no phases; give it at least one")
     lengths = [phase.steps or math.ceil(phase.epochs * batches.batches_per_epoch) for phase in recipe]
     for phase, length in zip(recipe, lengths, strict=True):
+        check_phase(phase, variables["params"])
         if length < 1:
             raise UserError(f"phase {phase.name!r} has no steps; give it epochs or steps above zero")
         if phase.update_ranges and phase.accumulate > 1:

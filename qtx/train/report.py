@@ -8,7 +8,6 @@ import io
 import json
 import numbers
 import os
-import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from qtx.errors import UserError
+from qtx.files import whole_file, write_text
 
 _CONFIG = "config.json"
 
@@ -38,7 +38,7 @@ def save_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike[st
     """
     path = Path(workdir) / _CONFIG
     plain = json.dumps(config.to_dict(), sort_keys=True, indent=2, default=_jsonable)
-    write_text_atomic(path, plain + "\n")
+    write_text(path, plain + "\n")
     return path
 
 
@@ -58,11 +58,6 @@ def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
     if not isinstance(fields, dict):
         raise UserError(f"{path} holds a {type(fields).__name__}, not an object of fields: name the directory of a run")
     return ml_collections.ConfigDict(fields)
-
-
-def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a UTF-8 file that readers see whole or not at all, even if the process dies; makes its directories."""
-    _write_atomic(Path(path), text.encode("utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +116,8 @@ class Table:
 
     def save(self, directory: str | os.PathLike[str], name: str) -> None:
         """Writes `directory/name.md` and `directory/name.csv`, each atomically."""
-        write_text_atomic(Path(directory) / f"{name}.md", self.markdown())
-        write_text_atomic(Path(directory) / f"{name}.csv", self.csv())
+        write_text(Path(directory) / f"{name}.md", self.markdown())
+        write_text(Path(directory) / f"{name}.csv", self.csv())
 
     def _show(self, column: str, value: Any) -> str:
         if value is None:
@@ -198,9 +193,8 @@ def plot_accuracy_against_size(
         around = [(x, y, *place) for place in _AROUND]
         taken.append(_place(axes, canvas, label, around, axes.transData, ink, taken))
 
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    _write_atomic(Path(path), png.getvalue())
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png")
 
 
 # Offset in points and alignment of a label, best first: along a horizontal line, and around a dot.
@@ -253,20 +247,6 @@ def _place(axes, canvas, text: str, candidates: Sequence[tuple], transform, colo
             note.remove()
     assert best is not None
     return best[2]
-
-
-def _write_atomic(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # in the same directory: same file system
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _is_number(value: Any) -> bool:

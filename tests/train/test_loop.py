@@ -20,7 +20,7 @@ from qtx.experiments.setup import setup
 from qtx.train.checkpoint import Checkpoints
 from qtx.train.logging import read_metrics
 from qtx.train.loop import fit, inputs, make_state, make_step
-from qtx.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from qtx.train.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,25 +158,6 @@ def test_checkpoint_of_a_longer_run(tiny_config, tmp_path):
     tiny_config.phases.finetune.steps = 2
     with pytest.raises(UserError, match="another workdir"):
         train_and_evaluate(tiny_config, tmp_path)
-
-
-def test_schedule():
-    rate = learning_rate(OptimizerConfig(warmup=0.1), 100)
-    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 0.5, 1, 0.5, 0], atol=1e-6)
-    assert learning_rate(OptimizerConfig(warmup=0.0, schedule="constant"), 7)(6) == 1
-    with pytest.raises(UserError, match="'linear'"):
-        OptimizerConfig(schedule="linar")
-
-
-def test_ranges_have_a_learning_rate_of_their_own_and_no_decay():
-    trained = {"params/x/kernel": jnp.ones(2), "ranges/x/kernel/scale": jnp.ones(2)}
-    config = OptimizerConfig(1e-2, range_learning_rate=1e-4, warmup=0.0, schedule="constant", weight_decay=0.5)
-    optimizer = make_optimizer(config, 10)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, trained), optimizer.init(trained), trained)
-    np.testing.assert_allclose(updates["params/x/kernel"], -1e-2 * 0.5, rtol=1e-6)
-    np.testing.assert_array_equal(updates["ranges/x/kernel/scale"], 0)
-    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, trained), optimizer.init(trained), trained)
-    np.testing.assert_allclose(updates["ranges/x/kernel/scale"], -1e-4, rtol=1e-3)
 
 
 def command(config_fixture, workdir, **overrides):

@@ -1,7 +1,6 @@
 import csv
 import io
 import json
-import os
 
 import ml_collections
 import numpy as np
@@ -41,24 +40,6 @@ def test_a_config_that_cannot_be_loaded(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as caught:
         report.load_config(tmp_path)
     assert str(tmp_path) in str(caught.value)
-
-
-def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "notes.md"
-    report.write_text_atomic(path, "old\r\n×\n")
-    assert path.read_bytes() == "old\r\n×\n".encode()
-
-    def fail(*_):
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match="no space"):
-            report.write_text_atomic(path, "new")
-    assert path.read_text() == "old\n×\n"
-    report.write_text_atomic(path, "new")
-    assert path.read_text() == "new"
-    assert os.listdir(path.parent) == ["notes.md"]
 
 
 TABLE = report.Table(

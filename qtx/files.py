@@ -1,0 +1,33 @@
+"""Files that readers see whole or not at all, even if the process dies while they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary name to write to; it becomes `path` at the end of the block, and vanishes on an error.
+
+    The temporary file lies in the same directory, which is made if needed, and so on the same file system.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a UTF-8 text file, whole or not at all, with line ends as they are."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))

@@ -1,0 +1,66 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qtx.errors import UserError
+from qtx.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+
+
+def test_schedule():
+    rate = learning_rate(OptimizerConfig(warmup=0.1), 100)
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 0.5, 1, 0.5, 0], atol=1e-6)
+    assert learning_rate(OptimizerConfig(warmup=0.0, schedule="constant"), 7)(6) == 1
+    with pytest.raises(UserError, match="'linear'"):
+        OptimizerConfig(schedule="linar")
+
+
+def test_ranges_have_a_learning_rate_of_their_own_and_no_decay():
+    trained = {"params/x/kernel": jnp.ones(2), "ranges/x/kernel/scale": jnp.ones(2)}
+    config = OptimizerConfig(1e-2, range_learning_rate=1e-4, warmup=0.0, schedule="constant", weight_decay=0.5)
+    optimizer = make_optimizer(config, 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, trained), optimizer.init(trained), trained)
+    np.testing.assert_allclose(updates["params/x/kernel"], -1e-2 * 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(updates["ranges/x/kernel/scale"], 0)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, trained), optimizer.init(trained), trained)
+    np.testing.assert_allclose(updates["ranges/x/kernel/scale"], -1e-4, rtol=1e-3)
+
+
+def constant(**fields):
+    return OptimizerConfig(1e-2, warmup=0.0, schedule="constant", weight_decay=0.0, **fields)
+
+
+def test_rate_factors_scale_the_steps_of_what_they_match():
+    trained = {f"params/{name}": jnp.ones(2) for name in ("encoder/kernel", "pooler/kernel", "pooler/bias")}
+    optimizer = make_optimizer(constant(rate_factors=(("pooler/**", 10.0), ("**/bias", 3.0))), 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, trained), optimizer.init(trained), trained)
+    for name, factor in (("encoder/kernel", 1), ("pooler/kernel", 10), ("pooler/bias", 3)):
+        np.testing.assert_allclose(updates[f"params/{name}"], -1e-2 * factor, rtol=1e-3)
+
+
+def test_weights_are_decayed_and_biases_and_norms_are_not():
+    trained = {f"params/x/{name}": jnp.ones(2) for name in ("kernel", "bias", "norm/scale")}
+    optimizer = make_optimizer(OptimizerConfig(1e-2, warmup=0.0, schedule="constant", weight_decay=0.1), 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, trained), optimizer.init(trained), trained)
+    assert {name.rpartition("x/")[2]: bool(update.any()) for name, update in updates.items()} == {
+        "kernel": True,
+        "bias": False,
+        "norm/scale": False,
+    }
+
+
+def test_a_long_gradient_is_clipped():
+    trained = {"params/x/kernel": jnp.zeros(2)}
+    updates = {}
+    for length in (10.0, 1000.0):
+        # Adam forgets the length of the first gradient but for eps; with a large eps it shows.
+        optimizer = make_optimizer(constant(max_grad_norm=1.0, eps=1e3), 10)
+        grads = {"params/x/kernel": jnp.array([length, 0.0])}
+        updates[length], _ = optimizer.update(grads, optimizer.init(trained), trained)
+    np.testing.assert_allclose(updates[10.0]["params/x/kernel"], updates[1000.0]["params/x/kernel"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("factors", [(("pooler/**",),), (("pooler/**", 0.0),), ((3, 1.0),)])
+def test_rate_factors_that_are_no_pairs(factors):
+    with pytest.raises(UserError, match="rate_factors"):
+        OptimizerConfig(rate_factors=factors)
