@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qtx.errors import UserError
 from qtx.quant.policy import matches
@@ -44,15 +44,20 @@ def make_mesh(model_parallel: int = 1) -> Mesh:
     )
 
 
+def partition(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Returns how a parameter is split: by the first of `RULES` that matches, where every axis divides evenly."""
+    spec = next((spec for pattern, spec in RULES if matches(pattern, name)), PartitionSpec())
+    sizes = [mesh.shape[axis] if axis else 1 for axis in spec]
+    if len(sizes) > len(shape) or any(n % size for n, size in zip(shape, sizes, strict=False)):
+        return PartitionSpec()
+    return spec
+
+
 def shard_tree(tree: Any, mesh: Mesh) -> Any:
     """Places a nested dict of arrays on the mesh: by `RULES` where an axis divides evenly, replicated otherwise."""
 
     def place(name: str, x: jax.Array) -> jax.Array:
-        spec = next((spec for pattern, spec in RULES if matches(pattern, name)), PartitionSpec())
-        sizes = [mesh.shape[axis] if axis else 1 for axis in spec]
-        if len(sizes) > np.ndim(x) or any(n % size for n, size in zip(np.shape(x), sizes, strict=False)):
-            spec = PartitionSpec()
-        return jax.device_put(x, NamedSharding(mesh, spec))
+        return jax.device_put(x, NamedSharding(mesh, partition(name, np.shape(x), mesh)))
 
     flat = traverse_util.flatten_dict(tree, sep="/")
     return traverse_util.unflatten_dict({k: None if v is None else place(k, v) for k, v in flat.items()}, sep="/")

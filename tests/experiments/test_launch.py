@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qtx.experiments.compare import bits_of, compare, tfidf_predictions
-from qtx.experiments.config import base, parse_overrides, policy_from, quantization
+from qtx.experiments.compare import compare, tfidf_predictions
+from qtx.experiments.config import base, policy_from
 from qtx.experiments.run import evaluate, quantize, train_and_evaluate
 from qtx.experiments.setup import load_dataset
 from qtx.models import load
@@ -138,14 +138,3 @@ def test_compare_leaves_table_plot_and_models(tiny_config, tmp_path):
 def test_tfidf_baseline_learns(tiny_config):
     dataset = load_dataset(tiny_config)
     assert np.mean(tfidf_predictions(dataset) == dataset.splits["validation"].labels) > 0.7
-
-
-def test_overrides_and_bits():
-    assert parse_overrides(" y=16, h=ngp6,z1=fp32 ") == {"y": 16, "h": "ngp6", "z1": "fp32"}
-    section = quantization()
-    section.overrides = "y=16"
-    policy = policy_from(section, 2)
-    assert (bits_of(policy, "weight"), bits_of(policy, "activation")) == ("8", "8/16")
-    section.weight_bits = section.activation_bits = 32
-    section.overrides = ""
-    assert policy_from(section, 2) is None
