@@ -29,7 +29,7 @@ from qtx.nn.describe import describe
 from qtx.nn.sites import check_policy
 from qtx.quant.policy import Policy
 from qtx.train.loop import Phase, Saving, fit
-from qtx.train.report import Table, save_config
+from qtx.train.report import Table, check_config, save_config
 
 
 def _calibration_options(config: ConfigDict) -> dict[str, Any]:
@@ -103,6 +103,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
             f"{config.model.name} is a packed artifact, whose weights are not trained; give a float checkpoint"
         )
     recipe, policy = make_recipe(experiment)
+    if (workdir / "checkpoints").is_dir() and (workdir / "config.json").is_file():
+        check_config(config, workdir)
     save_config(config, workdir)
     first = config.phases[config.recipe[0]]
     batches = experiment.batches("train", first.batch_size, shuffle=True, epochs=None, seed=config.seed)

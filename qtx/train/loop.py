@@ -211,7 +211,7 @@ def make_step(
             observers=updated.get("observers", state.observers),
             opt_state=opt_state,
         )
-        return new, {"loss": loss / weight, "grad_norm": optax.global_norm(grads)}
+        return new, {"loss": loss / weight, "grad_norm": optax.tree.norm(grads)}
 
     return train_step
 

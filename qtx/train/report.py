@@ -37,9 +37,30 @@ def save_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike[st
     run is never refused because of its record. Tuples come back as lists.
     """
     path = Path(workdir) / _CONFIG
-    plain = json.dumps(config.to_dict(), sort_keys=True, indent=2, default=_jsonable)
-    write_text(path, plain + "\n")
+    write_text(path, _config_text(config))
     return path
+
+
+def _config_text(config: ml_collections.ConfigDict) -> str:
+    return json.dumps(config.to_dict(), sort_keys=True, indent=2, default=_jsonable) + "\n"
+
+
+def check_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> None:
+    """Raises a `UserError` that names a difference if a run directory holds the config of another run."""
+    old = _flat(load_config(workdir).to_dict())
+    new = _flat(json.loads(_config_text(config)))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise UserError(
+                f"{Path(workdir)} holds a run with {name}={old.get(name)!r}, not {new.get(name)!r}; use another workdir"
+            )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def load_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:

@@ -7,8 +7,6 @@ from qtx.experiments.config import parse_overrides, policy_from, quantization
 POSITION = "encoder/embeddings/position/table"
 UP = "encoder/layer_1/ffn/up/kernel"
 NORM = "encoder/layer_0/ffn/norm/scale"
-    f"encoder/{name}" for name in ("embeddings/position/table", "layer_1/ffn/up/kernel", "layer_0/ffn/norm/scale")
-)
 
 
 def section(**fields):

@@ -1,5 +1,6 @@
 """The entries behind the launchers, end to end, and every config file."""
 
+import csv
 import importlib.util
 import json
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qtx.errors import UserError
+from qtx.experiments import compare as comparison
 from qtx.experiments.compare import compare, tfidf_predictions
 from qtx.experiments.config import base, policy_from
 from qtx.experiments.run import evaluate, quantize, train_and_evaluate
@@ -123,16 +126,50 @@ def test_compare_leaves_table_plot_and_models(tiny_config, tmp_path):
     config.data.limit_train = config.data.limit_eval = 0
     config.phases.finetune.trainable = ("**",)
     config.rows = ({"name": "W8A8"}, {"name": "ternary", "weight_scheme": "ternary", "activation_bits": 32})
-    rows = compare(config, tmp_path)
-    assert [row.method for row in rows] == ["TF-IDF baseline", "full precision", "W8A8", "ternary"]
-    assert (rows[2].weight_bits, rows[2].activation_bits, rows[3].weight_bits) == ("8", "8", "1.58")
-    assert rows[3].weight_bytes < rows[2].weight_bytes < rows[1].weight_bytes
+    compare(config, tmp_path)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["TF-IDF baseline", "full precision", "W8A8", "ternary"]
+    assert [row["weight_bits"] for row in rows[2:]] == ["8", "1.58"]
+    assert rows[3]["weight_bytes"] < rows[2]["weight_bytes"] < rows[1]["weight_bytes"]
     table = (tmp_path / "table.md").read_text()
-    assert all(row.method in table for row in rows)
+    assert all(row["method"] in table for row in rows)
     for name in ("table.csv", "accuracy_size.png", "rows.json", "model/model.safetensors", "config.json"):
         assert (tmp_path / name).stat().st_size > 0
     for name in ("W8A8", "ternary"):
         assert (tmp_path / "quantized" / name / "model.qtx.safetensors").is_file()
+
+
+def test_compare_over_seeds_does_what_is_left_and_averages(tiny_config, tmp_path, monkeypatch):
+    config = on_tiny(get_config("quickstart", "smoke"), tiny_config)
+    config.rows = ({"name": "W8A32", "activation_bits": 32},)
+    config.phases.finetune.trainable = ("**",)
+    config.seeds = (5,)
+    compare(config, tmp_path)
+    config.seeds = (5, 6)
+    started = []
+    monkeypatch.setattr(
+        comparison, "train_and_evaluate", lambda c, w: started.append(c.seed) or train_and_evaluate(c, w)
+    )
+    compare(config, tmp_path)
+    assert started == [6]
+    runs = [json.loads((tmp_path / f"seed_{seed}" / "rows.json").read_text())["rows"] for seed in (5, 6)]
+    with open(tmp_path / "table.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    for row, five, six in zip(table, *runs, strict=True):
+        assert row["method"] == five["method"] == six["method"]
+        np.testing.assert_allclose(float(row["accuracy"]), (five["score"] + six["score"]) / 2)
+        np.testing.assert_allclose(float(row["std"]), abs(five["score"] - six["score"]) / 2**0.5, atol=1e-12)
+
+    config.phases.finetune.steps = 3
+    with pytest.raises(UserError, match="phases.finetune.steps=2, not 3"):
+        compare(config, tmp_path)
+
+
+def test_a_directory_with_another_run_is_not_resumed(tiny_config, tmp_path):
+    train_and_evaluate(tiny_config, tmp_path)
+    tiny_config.phases.finetune.optimizer.learning_rate = 0.5
+    with pytest.raises(UserError, match="learning_rate=0.001, not 0.5; use another workdir"):
+        train_and_evaluate(tiny_config, tmp_path)
 
 
 def test_tfidf_baseline_learns(tiny_config):
