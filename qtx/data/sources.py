@@ -273,16 +273,21 @@ def _fetch_tfds(task: Task) -> Mapping[str, Iterable[Mapping[str, Any]]]:
     import tensorflow_datasets as tfds
     import tensorflow_datasets.text.glue  # noqa: F401  (registers the builder: the lazy registry misses it)
 
+    tensorflow = importlib.util.find_spec("tensorflow") is not None
+    # Something prepared but unreadable is an error of many types; downloading again says what is wrong. What was never
+    # prepared has no splits. Without TensorFlow only array records can be read, with it what older versions wrote, too.
     with contextlib.suppress(Exception):
-        # Something prepared but unreadable is an error of many types; downloading again says what is wrong. What was
-        # never prepared has no splits.
         if prepared := tfds.data_source(task.tfds, download=False):
             return prepared
+    if tensorflow:
+        with contextlib.suppress(Exception):
+            if prepared := tfds.load(task.tfds, download=False):
+                return tfds.as_numpy(prepared)
     _require_network("https://dl.fbaipublicfiles.com")
     try:
         return tfds.data_source(task.tfds)
     except Exception:
-        if importlib.util.find_spec("tensorflow") is None:
+        if not tensorflow:
             raise
         return tfds.as_numpy(tfds.load(task.tfds))
 
