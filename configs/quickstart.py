@@ -1,4 +1,4 @@
-"""The quickstart: fine-tune MiniLM on film reviews, quantize it six ways, one table.
+"""The quickstart: fine-tune MiniLM on film reviews, quantize it seven ways, one table.
 
     python launch/quickstart.py --workdir=runs/quickstart
 
@@ -19,6 +19,7 @@ ROWS = (
     dict(name="W4 per tensor", **FOUR),
     dict(name="W4 per tensor, MSE ranges", **FOUR, weight_estimator="mse"),
     dict(name="W4 per channel", **FOUR, **CHANNEL),
+    dict(name="W4 per channel, MSE ranges", **FOUR, **CHANNEL, weight_estimator="mse"),
     dict(name="ternary per channel", **LOW, **CHANNEL, weight_scheme="ternary"),
 )
 
