@@ -30,7 +30,6 @@ from qtx.quant.spec import Spec
 Args = tuple[Any, ...]
 
 _estimate = jax.jit(estimators.estimate, static_argnums=0)
-_fake_quant = jax.jit(grid.fake_quant, static_argnums=0)
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
@@ -236,4 +235,4 @@ def fake_quant_weight(spec: Spec, weight: jax.Array, ranges: Mapping[str, Any], 
         if spec.range != "dynamic":
             raise UserError(f"weight {name!r} has no range; calibrate with the same policy first")
         params = _estimate(spec, weight)
-    return _fake_quant(spec, weight, params)
+    return grid.fake_quant(spec, weight, params)

@@ -31,8 +31,7 @@ def test_where_parameters_lie(name, shape, expected):
     assert sharding.partition(name, shape, mesh) == expected
 
 
-def test_a_batch_that_does_not_split_over_the_devices(monkeypatch):
-    mesh = sharding.make_mesh()
-    monkeypatch.setattr(type(mesh), "shape", {"data": 3, "model": 1})
+def test_a_batch_that_does_not_split_over_the_devices():
+    mesh = AbstractMesh((3, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     with pytest.raises(UserError, match="batch of 4 rows.*3 devices"):
         sharding.shard_batch({"x": np.zeros((4, 2))}, mesh)
