@@ -30,7 +30,12 @@ def _define_flags(default_config: str, default_workdir: str | None) -> None:
     root = Path(__file__).parents[2]
     flags.DEFINE_string("workdir", default_workdir, "Run directory; a run that was interrupted goes on there.")
     flags.DEFINE_string("data_dir", None, "Directory of data sets; else config.data.dir, else $QTX_DATA_DIR.")
-    flags.DEFINE_bool("multihost", False, "Join the other hosts of this job before anything else (jax.distributed).")
+    flags.DEFINE_bool(
+        "multihost", False, "Join the other hosts of this job; TPU pods, Slurm and the like are detected."
+    )
+    flags.DEFINE_string("coordinator", None, "ADDRESS:PORT of the first host, where --multihost detects nothing.")
+    flags.DEFINE_integer("num_hosts", None, "How many hosts there are, with --coordinator.")
+    flags.DEFINE_integer("host", None, "The number of this host, from 0, with --coordinator.")
     if default_workdir is None:
         flags.mark_flag_as_required("workdir")
     config_flags.DEFINE_config_file(
@@ -54,7 +59,12 @@ def launch(entry: Callable[[ConfigDict, str], Any], default_config: str, default
             _fail(f"unexpected argument {argv[1]!r}; flags start with --")
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every step of a save at INFO
         if flags.FLAGS.multihost:
-            jax.distributed.initialize()
+            try:
+                jax.distributed.initialize(flags.FLAGS.coordinator, flags.FLAGS.num_hosts, flags.FLAGS.host)
+            except (ValueError, RuntimeError) as error:
+                _fail(f"--multihost: {error}; give --coordinator, --num_hosts and --host where no cluster is detected.")
+            if jax.process_index() > 0:
+                sys.stdout = open(os.devnull, "w")  # the first host speaks for all
         config = flags.FLAGS.config
         try:
             config.lock()

@@ -361,9 +361,10 @@ def _run_phase(phase, state, optimizer, iterator, end, seed, mesh, saving, check
 
 
 @partial(jax.jit, static_argnums=0)
-def _logits(model: nn.Module, variables: Mapping[str, Any], args: tuple[jax.Array, ...]) -> jax.Array:
-    outputs: Any = model.apply(variables, *args)
-    return outputs.logits
+def _logits(model: nn.Module, variables: Mapping[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+    outputs: Any = model.apply(variables, *inputs(batch))
+    # Whole on every device: each host can read all of them.
+    return jax.lax.with_sharding_constraint((outputs.logits, batch["index"]), jax.P())
 
 
 def predict(model: nn.Module, variables: Mapping[str, Any], batches: Batches, mesh: Mesh) -> np.ndarray:
@@ -380,6 +381,6 @@ def predict(model: nn.Module, variables: Mapping[str, Any], batches: Batches, me
             "params": shard_tree(variables["params"], mesh),
             "ranges": replicate(variables.get("ranges", {}), mesh),
         }
-        found = [(_logits(model, placed, inputs(shard_batch(batch, mesh))), batch["index"]) for batch in batches]
+        found = [_logits(model, placed, shard_batch(batch, mesh)) for batch in batches]
     logits, indices = zip(*jax.device_get(found), strict=True)
     return in_order(logits, indices, len(batches.encoded))
