@@ -305,6 +305,25 @@ def test_tensorflow_datasets_rows_become_examples(monkeypatch):
     assert splits["train"].labels.dtype == np.int32 and splits["train"].labels.tolist() == [2, 2]
 
 
+def test_what_tensorflow_prepared_is_read_without_a_network(monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    row = {"sentence1": b"a", "sentence2": b"b", "label": np.int64(1), "idx": np.int32(0)}
+
+    def no_array_records(*args, **kwargs):
+        raise NotImplementedError("no random access to tfrecord")
+
+    def prepared(name, download):
+        assert name == "glue/rte" and download is False
+        return {"train": [row] * 2, "validation": [row] * 2}
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tfds, "data_source", no_array_records)
+    monkeypatch.setattr(tfds, "load", prepared)
+    monkeypatch.setattr(tfds, "as_numpy", lambda splits: splits)
+    monkeypatch.setattr(sources.urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("went to the network"))
+    assert load("rte").splits["train"].texts == (["a"] * 2, ["b"] * 2)
+
+
 # --------------------------------------------------------------------------------------------- own data
 
 
