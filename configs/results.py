@@ -3,6 +3,8 @@
     python launch/quickstart.py --config=configs/results.py:rte --data_dir=DATA --workdir=runs/rte
 
 The argument is a GLUE task. Three seeds; a seed that is finished is not run again when the command is repeated.
+Expected means of full precision, W8A32 and W8A8: RTE 0.566, 0.568, 0.509; MRPC 0.828, 0.821, 0.678.
+On one core, ten minutes a seed.
 """
 
 from qtx.experiments.config import base
