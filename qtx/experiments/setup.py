@@ -94,8 +94,7 @@ class Experiment:
 
     def sites(self) -> dict[str, SiteInfo]:
         """Returns the sites of the model."""
-        ids = jnp.zeros((1, 8), jnp.int32)
-        return list_sites(self.model, {"params": self.pretrained.params}, ids, ids, ids)
+        return list_sites(self.model, {"params": self.pretrained.params}, *models.example_inputs())
 
     def evaluate(self, model: nn.Module, variables: Mapping[str, Any]) -> dict[str, float]:
         """Returns the task's metrics on its validation splits, with `score`, their mean.

@@ -37,7 +37,7 @@ from qtx.errors import UserError, near_misses
 from qtx.files import whole_file, write_text
 from qtx.methods.calibrate import stored_qparams
 from qtx.models.checkpoints import abstract_params
-from qtx.models.families import Family, get_family
+from qtx.models.families import Family, example_inputs, get_family
 from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo, check_policy, list_sites
 from qtx.quant import estimators, grid, rows
@@ -289,8 +289,7 @@ def save_quantized(
             raise UserError(
                 f"parameter {name!r}: {found} in the params, {wanted} by the config; save them with their own"
             )
-    ids = jnp.zeros((1, 8), jnp.int32)
-    sites = list_sites(model_family.module(config=config), {"params": abstract}, ids, ids, ids)
+    sites = list_sites(model_family.module(config=config), {"params": abstract}, *example_inputs())
     check_policy(policy, sites)
 
     tensors = _range_tensors(policy, sites, ranges)

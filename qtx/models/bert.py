@@ -8,7 +8,7 @@ from typing import Any
 from qtx.errors import UserError, near_misses
 from qtx.nn.bert import ACTIVATIONS, BertConfig
 
-MODULES = {
+MODULES = {  # `{i}` is the number of a layer
     "bert.embeddings.word_embeddings": "encoder/embeddings/word",
     "bert.embeddings.position_embeddings": "encoder/embeddings/position",
     "bert.embeddings.token_type_embeddings": "encoder/embeddings/token_type",
@@ -24,6 +24,21 @@ MODULES = {
     "bert.pooler.dense": "pooler/dense",
     "classifier": "classifier",
 }
+
+
+def per_layer(templates: Mapping[str, str], num_layers: int) -> dict[str, str]:
+    """Writes out a map of module names once for every layer."""
+    found = {}
+    for theirs, ours in templates.items():
+        for i in range(num_layers if "{i}" in theirs else 1):
+            found[theirs.replace("{i}", str(i))] = ours.replace("{i}", str(i))
+    return found
+
+
+def modules(config: BertConfig) -> dict[str, str]:
+    """Returns Hugging Face module names with their qtx paths."""
+    return per_layer(MODULES, config.num_layers)
+
 
 _FIELDS = {
     "vocab_size": "vocab_size",

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from flax import traverse_util
 
 from qtx.errors import UserError, near_misses
 from qtx.files import whole_file, write_text
-from qtx.models.families import Family, get_family
+from qtx.models.families import Family, example_inputs, get_family
 from qtx.nn.bert import BertConfig
 
 # Models that live inside a package of the package index, for machines that reach no model hub.
@@ -117,24 +116,17 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _to_qtx_name(family: Family, name: str) -> tuple[str, str] | None:
+def _to_qtx_name(family: Family, modules: Mapping[str, str], name: str) -> tuple[str, str] | None:
     """Returns (module path, leaf) of a Hugging Face tensor name, or None if it is not the family's."""
     stem, _, leaf = name.rpartition(".")
-    if leaf not in _LEAVES:
-        return None
-    for candidate in (stem, family.prefix + stem):
-        layer = re.search(r"\.(\d+)\.", candidate)
-        template = candidate.replace(f".{layer[1]}.", ".{i}.", 1) if layer else candidate
-        if template in family.modules:
-            return family.modules[template].replace("{i}", layer[1] if layer else ""), leaf
-    return None
+    path = modules.get(stem) or modules.get(family.prefix + stem)
+    return (path, leaf) if path and leaf in _LEAVES else None
 
 
 def abstract_params(family: Family, config: BertConfig) -> dict[str, Any]:
     """Returns the shapes of a model's parameters, nested, without making any."""
-    ids = jnp.zeros((1, 8), jnp.int32)
     model = family.module(config=config)
-    return jax.eval_shape(model.init, jax.random.key(0), ids, ids, ids)["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), *example_inputs())["params"]
 
 
 def load(
@@ -169,12 +161,13 @@ def load(
     tensors = _read_tensors(directory)
 
     expected = traverse_util.flatten_dict(abstract_params(family, config), sep="/")
+    modules = family.modules(config)
     found: dict[str, np.ndarray] = {}
     extra = []
     for theirs, value in tensors.items():
         if theirs.startswith(family.ignored) or (family.prefix + theirs).startswith(family.ignored):
             continue
-        parts = _to_qtx_name(family, theirs)
+        parts = _to_qtx_name(family, modules, theirs)
         path = (
             next((f"{parts[0]}/{leaf}" for leaf in _LEAVES[parts[1]] if f"{parts[0]}/{leaf}" in expected), None)
             if parts
@@ -186,7 +179,7 @@ def load(
         if fresh_head and path.startswith(family.fresh):
             continue
         value = value.astype(np.float32)
-        found[path] = value.T if path.endswith("/kernel") else value
+        found[path] = family.kernel_from_hf(value) if path.endswith("/kernel") else value
     if extra:
         raise UserError(
             f"{directory}: {len(extra)} tensors do not belong to a {family.name} encoder, such as {extra[0]!r}; "
@@ -206,11 +199,10 @@ def load(
             raise UserError(f"{directory}: {path} has shape {value.shape}, expected {expected[path].shape}; {remedy}")
     lacking = [path for path in expected if path not in found]
     if lacking:
-        ids = jnp.zeros((1, 8), jnp.int32)
 
         @jax.jit
         def initialise(key: jax.Array) -> dict[str, jax.Array]:
-            made = family.module(config=config).init(key, ids, ids, ids)["params"]
+            made = family.module(config=config).init(key, *example_inputs())["params"]
             flat = traverse_util.flatten_dict(made, sep="/")
             return {path: flat[path] for path in lacking}  # the rest is never computed
 
@@ -219,18 +211,17 @@ def load(
     return Pretrained(family, config, params, tuple(fresh), directory)
 
 
-def to_hf_tensors(family: Family, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the parameters under their Hugging Face names, kernels transposed back."""
-    back = {path: theirs for theirs, path in family.modules.items()}
+def to_hf_tensors(family: Family, config: BertConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the parameters under their Hugging Face names and in their layouts."""
+    back = {path: theirs for theirs, path in family.modules(config).items()}
     leaves = {"kernel": "weight", "table": "weight", "scale": "weight", "bias": "bias"}
     tensors = {}
     for path, value in traverse_util.flatten_dict(params, sep="/").items():
         module, _, leaf = path.rpartition("/")
-        layer = re.search(r"layer_(\d+)", module)
-        template = module.replace(layer[0], "layer_{i}") if layer else module
-        name = back[template].replace("{i}", layer[1] if layer else "")
         array = np.asarray(value, np.float32)
-        tensors[f"{name}.{leaves[leaf]}"] = np.ascontiguousarray(array.T if leaf == "kernel" else array)
+        tensors[f"{back[module]}.{leaves[leaf]}"] = np.ascontiguousarray(
+            family.kernel_to_hf(array) if leaf == "kernel" else array
+        )
     return tensors
 
 
@@ -254,5 +245,5 @@ def save(
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     with whole_file(directory / "model.safetensors") as partial:
-        safetensors.numpy.save_file(to_hf_tensors(family, params), partial, metadata={"format": "pt"})
+        safetensors.numpy.save_file(to_hf_tensors(family, config, params), partial, metadata={"format": "pt"})
     write_text(directory / "config.json", json.dumps(hf, indent=2) + "\n")

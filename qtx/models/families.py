@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from qtx.errors import UserError, near_misses
 from qtx.models import bert
@@ -23,10 +26,12 @@ class Family:
       module: linen class; takes `config`, `dtype` and `policy`.
       config_from_hf: from the keys of `config.json`.
       config_to_hf: back.
-      modules: Hugging Face module prefix to qtx path, with `{i}` for layer numbers.
+      modules: Hugging Face module name to qtx path, for the sizes of a configuration.
       prefix: what Hugging Face puts before the encoder's tensors in a model with a head.
       fresh: qtx paths that may be missing from a checkpoint and are then initialised.
       ignored: prefixes of tensors of other heads, left out when a checkpoint is read.
+      kernel_from_hf: a weight of a linear layer in the layout of qtx, `[in, out]`.
+      kernel_to_hf: back.
     """
 
     name: str
@@ -34,10 +39,12 @@ class Family:
     module: type[nn.Module]
     config_from_hf: Callable[[Mapping[str, Any]], BertConfig]
     config_to_hf: Callable[[BertConfig], dict[str, Any]]
-    modules: Mapping[str, str]
+    modules: Callable[[BertConfig], Mapping[str, str]]
     prefix: str
     fresh: tuple[str, ...]
     ignored: tuple[str, ...]
+    kernel_from_hf: Callable[[np.ndarray], np.ndarray] = np.transpose
+    kernel_to_hf: Callable[[np.ndarray], np.ndarray] = np.transpose
 
 
 FAMILIES: dict[str, Family] = {
@@ -47,7 +54,7 @@ FAMILIES: dict[str, Family] = {
         module=BertClassifier,
         config_from_hf=bert.config_from_hf,
         config_to_hf=bert.config_to_hf,
-        modules=bert.MODULES,
+        modules=bert.modules,
         prefix="bert.",
         fresh=("pooler/dense", "classifier"),
         ignored=("cls.", "bert.embeddings.position_ids"),
@@ -60,3 +67,9 @@ def get_family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise UserError(f"model family {model_type!r} is not supported{near_misses(model_type, FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def example_inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns ids, attention mask and token types `[1, 8]`: what every family is called with, to trace a model."""
+    ids = jnp.zeros((1, 8), jnp.int32)
+    return ids, ids, ids

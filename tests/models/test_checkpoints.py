@@ -44,7 +44,7 @@ def expected_shapes():
 
 
 def tensors():
-    return to_hf_tensors(FAMILY, tiny.params())
+    return to_hf_tensors(FAMILY, tiny.CONFIG, tiny.params())
 
 
 def equal_trees(a, b):
@@ -308,7 +308,7 @@ def test_read_config(saved):
 
 
 def test_every_tensor_name_is_used_once():
-    names = [theirs for theirs in FAMILY.modules]
-    assert len(names) == len(set(FAMILY.modules.values()))
+    modules = FAMILY.modules(tiny.CONFIG)
+    assert len(modules) == len(set(modules.values()))
     flat = traverse_util.flatten_dict(tiny.params(), sep="/")
     assert len(tensors()) == len(flat)

@@ -84,7 +84,7 @@ def test_tiny_classifier_values_and_all_gradients(published, golden):
     np.testing.assert_allclose(out.hidden_states[-1][real], want["last_hidden_state"][real], atol=2e-5)
     np.testing.assert_allclose(loss, want["loss"], atol=1e-5)
 
-    got = to_hf_tensors(found.family, gradient)
+    got = to_hf_tensors(found.family, found.config, gradient)
     expected = part(golden, "tiny/grad/")
     assert set(got) == set(expected)
     for name, value in expected.items():
@@ -248,4 +248,4 @@ def test_sixteen_bit_arithmetic_stays_close():
 
 def test_family_knows_every_parameter():
     flat = traverse_util.flatten_dict(tiny.params(), sep="/")
-    assert len(to_hf_tensors(get_family("bert"), tiny.params())) == len(flat) == 5 + 16 * 2 + 2 + 2
+    assert len(to_hf_tensors(get_family("bert"), tiny.CONFIG, tiny.params())) == len(flat) == 5 + 16 * 2 + 2 + 2
