@@ -20,7 +20,7 @@ from rich.console import Console
 
 from qtx import data, models
 from qtx.errors import UserError, near_misses
-from qtx.experiments.config import policy_from
+from qtx.experiments.config import adaround_from, policy_from
 from qtx.experiments.run import post_training_quantization, save_quantized, train_and_evaluate
 from qtx.experiments.setup import Experiment
 from qtx.files import write_text
@@ -135,11 +135,14 @@ def _compare_one(config: ConfigDict, workdir: Path) -> None:
     batches = experiment.calibration_batches()
     for name, policy in policies.items():
         clock = time.perf_counter()
-        quantized = post_training_quantization(experiment, params, policy, batches)
+        rounding = adaround_from(config.adaround) if sections[name].adaround else None
+        quantized = post_training_quantization(experiment, params, policy, batches, rounding)
         score = experiment.evaluate(quantized.model, quantized.variables)["score"]
         family, sizes = experiment.pretrained.family, experiment.pretrained.config
         directory = workdir / "quantized" / re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
-        size = save_quantized(directory, family, sizes, policy, params, quantized.ranges, experiment.tokenizer)
+        size = save_quantized(
+            directory, family, sizes, policy, quantized.params, quantized.ranges, experiment.tokenizer
+        )
         bits = bits_of(policy, "weight"), bits_of(policy, "activation")
         rows.append(Row(name, *bits, score, full - score, size, time.perf_counter() - clock))
         console.print(f"{name}: {score:.4f} ({full - score:+.4f} lost, {rows[-1].seconds:.0f} s)", highlight=False)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from qtx.errors import UserError, near_misses
+from qtx.methods.adaround import AdaRound
 from qtx.methods.efficient_quantization import Value, policy_of, with_value
 from qtx.nn.aliases import policy as make_policy
 from qtx.quant import Spec, estimator, per_channel, per_embedding, per_group, per_position, per_tensor, per_token
@@ -69,6 +70,7 @@ def base() -> ConfigDict:
                 "share_permutation": "",  # role whose channel groups its layer shares, such as 'ffn/down/output'
                 "permutation": "full_precision",  # or 'published'
             },
+            "adaround": dataclasses.asdict(AdaRound()) | {"examples": 1024},  # used where `quant.adaround` is on
             "checkpoint_every": 500,  # steps; 0: only after each phase
             "log_every": 20,
             "model_parallel": 1,  # devices per copy of the model
@@ -114,6 +116,7 @@ def quantization() -> ConfigDict:
             "padding": "ignore",  # 'include': padding counts in the ranges, as published
             "setup": "all",  # 'FP_logits', 'MSE_logits'
             "overrides": "",  # of activations, Et, wP, wC: such as 'x=16, h=16, y=16' or 'y=ngp6, Et=2, z1=fp32'
+            "adaround": False,  # learned rounding of the weights of linear layers, see the section `adaround`
             "weight_overrides": "",  # by short name or pattern: such as 'FFN=4, **/position/table=8, wC=fp32'
         }
     )
@@ -194,6 +197,13 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
     if base is not None:
         rules |= {key: with_value(base, value) for key, value in own.items()}
     return dataclasses.replace(found, weights=found.weights + make_policy(weights=rules).weights)
+
+
+def adaround_from(section: ConfigDict) -> AdaRound:
+    """Reads the section `adaround`; raises a `UserError` on a value that does not exist."""
+    fields = section.to_dict()
+    fields.pop("examples")
+    return AdaRound(**fields | {name: tuple(fields[name]) for name in ("layers", "annealing")})
 
 
 def optimizer_from(section: ConfigDict) -> OptimizerConfig:

@@ -19,10 +19,11 @@ from ml_collections import ConfigDict
 
 from qtx import models
 from qtx.errors import UserError, near_misses
-from qtx.experiments.config import optimizer_from, policy_from
+from qtx.experiments.config import adaround_from, optimizer_from, policy_from
 from qtx.experiments.setup import Experiment, setup
 from qtx.export.packed import save_quantized
 from qtx.files import write_text
+from qtx.methods.adaround import AdaRound, adaround
 from qtx.methods.calibrate import calibrate, quantized_weights
 from qtx.methods.qat import qat_phase
 from qtx.nn.describe import describe
@@ -166,18 +167,22 @@ class Quantized:
       model: module to run: its policy covers the activations.
       variables: `params` with the weights on their grids, and `ranges`.
       policy: the whole policy.
+      params: the float parameters, rounded by AdaRound if that is on.
       ranges: of weights and activations.
-      seconds: what calibration took.
+      rounding: what AdaRound did, or None.
     """
 
     model: nn.Module
     variables: dict[str, Any]
     policy: Policy
+    params: Any
     ranges: dict[str, Any]
-    seconds: float
+    rounding: Table | None
 
 
-def post_training_quantization(experiment: Experiment, params: Any, policy: Policy, batches) -> Quantized:
+def post_training_quantization(
+    experiment: Experiment, params: Any, policy: Policy, batches, rounding: AdaRound | None = None
+) -> Quantized:
     """Calibrates a trained model and puts its weights on their grids once and for all.
 
     Args:
@@ -185,16 +190,21 @@ def post_training_quantization(experiment: Experiment, params: Any, policy: Poli
       params: trained parameters.
       policy: what is quantized, and how.
       batches: argument tuples for calibration.
+      rounding: how the weights are rounded before activations are calibrated; None: to nearest.
     """
-    start = time.perf_counter()
     sites = experiment.sites()
     check_policy(policy, sites)
     model = experiment.model.clone(policy=policy)
-    ranges = calibrate(model, params, batches, **_calibration_options(experiment.config))
+    rounded = None if rounding is None else adaround(model, params, experiment.rounding_batches(), rounding)
+    weights = None
+    if rounded is not None:
+        params, weights = rounded.params, rounded.ranges
+    ranges = calibrate(model, params, batches, weights=weights, **_calibration_options(experiment.config))
     frozen = quantized_weights(policy, sites, params, ranges)
     rest = dataclasses.replace(policy, weights=())
     runnable = experiment.model.clone(policy=rest if rest.activations or rest.inputs else None)
-    return Quantized(runnable, {"params": frozen, "ranges": ranges}, policy, ranges, time.perf_counter() - start)
+    table = None if rounded is None else rounded.table()
+    return Quantized(runnable, {"params": frozen, "ranges": ranges}, policy, params, ranges, table)
 
 
 def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -219,15 +229,19 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     if policy is None:
         raise UserError("`quant` keeps everything in full precision; set weight_bits or activation_bits below 32")
     check_policy(policy, experiment.sites())
+    rounding = adaround_from(config.adaround) if config.quant.adaround else None
     batches = experiment.calibration_batches()
     save_config(config, workdir)
     params = experiment.pretrained.params
     before = experiment.evaluate(experiment.model, {"params": params})
-    quantized = post_training_quantization(experiment, params, policy, batches)
+    quantized = post_training_quantization(experiment, params, policy, batches, rounding)
     after = experiment.evaluate(quantized.model, quantized.variables)
     family, sizes = experiment.pretrained.family, experiment.pretrained.config
     directory = workdir / "quantized"
-    size = save_quantized(directory, family, sizes, policy, params, quantized.ranges, experiment.tokenizer)
+    size = save_quantized(directory, family, sizes, policy, quantized.params, quantized.ranges, experiment.tokenizer)
+    if quantized.rounding is not None:
+        quantized.rounding.print()
+        quantized.rounding.save(workdir, "rounding")
     listing = describe(experiment.model.clone(policy=policy), {"params": params}, *batches[0])
     write_text(workdir / "sites.txt", f"{listing}\n")
     full = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -82,15 +82,24 @@ class Experiment:
         c = self.config.calibration
         if c.batches < 1:
             raise UserError(f"calibration.batches is {c.batches}: calibration needs at least one batch")
+        if c.batch_size > len(self.encoded["train"]):
+            count = len(self.encoded["train"])
+            raise UserError(f"calibration.batch_size {c.batch_size} is more than the {count} training examples")
+        return self._first_batches(c.batches, c.batch_size)
+
+    def rounding_batches(self) -> list[tuple[np.ndarray, ...]]:
+        """Returns the model's arguments for the first training examples, as many as `adaround.examples`, in batches of 32."""
+        examples = min(self.config.adaround.examples, len(self.encoded["train"]))
+        if examples < 1:
+            raise UserError(f"adaround.examples is {self.config.adaround.examples}: rounding needs at least one")
+        size = min(32, examples)
+        return self._first_batches(examples // size, size)
+
+    def _first_batches(self, count: int, batch_size: int) -> list[tuple[np.ndarray, ...]]:
         encoded = self.encoded["train"]
         longest = bucket_lengths(encoded.lengths, self.config.data.max_length, 1, self.config.data.padding)
-        found = Batches(
-            encoded, c.batch_size, longest, seed=self.config.seed, pad_id=self.pretrained.config.pad_token_id
-        )
-        usable = min(c.batches, len(encoded) // c.batch_size)
-        if usable < 1:
-            raise UserError(f"calibration.batch_size {c.batch_size} is more than the {len(encoded)} training examples")
-        return [inputs(b) for b in (found[i] for i in range(found.batches_per_epoch)) if b["weights"].all()][:usable]
+        found = Batches(encoded, batch_size, longest, seed=self.config.seed, pad_id=self.pretrained.config.pad_token_id)
+        return [inputs(b) for b in (found[i] for i in range(found.batches_per_epoch)) if b["weights"].all()][:count]
 
     def sites(self) -> dict[str, SiteInfo]:
         """Returns the sites of the model."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -318,6 +318,22 @@ def search_scale(
 # --- the whole model
 
 
+class Block(NamedTuple):
+    """One call of a block of the model, a module named `layer_i`.
+
+    Attributes:
+      path: of the block.
+      module: unbound, without a name or a policy, so that equal blocks share their compiled programs.
+      rest: identities of its arguments but the first: the same for all blocks, or they are not run one by one.
+      static: those arguments that are no arrays, with None in place of the arrays.
+    """
+
+    path: str
+    module: nn.Module
+    rest: tuple[int, ...]
+    static: tuple[Any, ...]
+
+
 class Call(NamedTuple):
     """One call of a layer in the forward pass.
 
@@ -325,7 +341,7 @@ class Call(NamedTuple):
       path: of the layer.
       module: unbound, without a policy.
       source: tells calls with the same input from others.
-      block: how many of the model's blocks (`.../layer_i`) had begun.
+      block: how many of the model's blocks had begun.
       inside: whether the last of them had not ended.
     """
 
@@ -336,81 +352,121 @@ class Call(NamedTuple):
     inside: bool
 
 
+Watch = Callable[[tuple[str, ...], tuple[Any, ...], Callable[[], Any], nn.Module], Any]
+
+
+def _watched(model: nn.Module, params: Any, args: Args, watch: Watch) -> Any:
+    """Applies a model; `watch(path, given, run, module)` stands in for every call of a module in it."""
+
+    def intercept(run, given, options, context):
+        if context.method_name != "__call__":
+            return run(*given, **options)
+        return watch(context.module.path, given, lambda: run(*given, **options), context.module)
+
+    with nn.intercept_methods(intercept):
+        return model.apply({"params": params}, *args)
+
+
 def _is_block(path: Sequence[str]) -> bool:
     return bool(path) and re.fullmatch(r"layer_\d+", path[-1]) is not None
 
 
-def trace_calls(model: nn.Module, params: Mapping[str, Any], args: Args, wanted: set[str]) -> list[Call]:
-    """Returns the calls of the wanted layers in the order in which they happen; nothing is computed."""
-    calls: list[Call] = []
-    inputs: list[Any] = []  # kept, so that no two have the same identity
-    begun, inside = 0, False
+def _bare(module: nn.Module) -> nn.Module:
+    return module.clone(parent=None, name=None, policy=None)
 
-    def watch(run, given, options, context):
-        nonlocal begun, inside
-        path = context.module.path
-        if context.method_name != "__call__":
-            return run(*given, **options)
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def trace(model: nn.Module, params: Mapping[str, Any], args: Args, wanted: set[str]) -> tuple[list[Call], list[Block]]:
+    """Returns the calls of the wanted layers, and of the blocks, in the order in which they happen; nothing is computed."""
+    calls: list[Call] = []
+    blocks: list[Block] = []
+    kept: list[Any] = []  # alive, so that no two have the same identity
+    inside = False
+
+    def watch(path, given, run, module):
+        nonlocal inside
+        kept.append(given)
         if _is_block(path):
-            begun, inside = begun + 1, True
-            result = run(*given, **options)
+            static = tuple(None if _is_array(v) else v for v in given[1:])
+            blocks.append(Block("/".join(path), _bare(module), tuple(map(id, given[1:])), static))
+            inside = True
+            result = run()
             inside = False
             return result
         if "/".join(path) in wanted:
-            inputs.append(given[0])
-            bare = context.module.clone(parent=None, name=None, policy=None)
-            calls.append(Call("/".join(path), bare, id(given[0]), begun, inside))
-        return run(*given, **options)
+            calls.append(Call("/".join(path), _bare(module), id(given[0]), len(blocks), inside))
+        return run()
 
-    def forward(params, args):
-        with nn.intercept_methods(watch):
-            model.apply({"params": params}, *args)
-
-    jax.eval_shape(forward, params, args)
-    return calls
+    jax.eval_shape(lambda params, args: _watched(model, params, args, watch), params, args)
+    return calls, blocks
 
 
-def _part_of_forward(model: nn.Module, paths: tuple[str, ...], after: int | None, inside: bool):
-    """Returns `(params, args, before) -> what reaches the layers`, running as little of the model as that needs.
+Inputs = dict[str, list[tuple[Any, Any]]]  # by path, for every call: inputs, and what counts (or None)
 
-    Args:
-      model: without a policy.
-      paths: of layers.
-      after: `before` is the output of the model's block with this number (from 1) and stands in for it and all before; 0
-        or None: it is not used.
-      inside: the layers lie in the following block.
 
-    Returns:
-      A compiled function of parameters, arguments and `before`; it returns, for each path, inputs and counts (or None)
-      of its calls, and under `''` the output of the block.
-    """
+def _collect(found: Inputs) -> Watch:
+    """Returns a `watch` that stores the inputs of the layers that `found` names."""
 
-    @jax.jit
-    def run(params: Any, args: Args, before: jax.Array | None) -> dict[str, list[tuple[Any, Any]]]:
-        found: dict[str, list[tuple[Any, Any]]] = {path: [] for path in (*paths, "")}
-        begun = 0
+    def watch(path, given, run, module):
+        if "/".join(path) in found:
+            found["/".join(path)].append((given[0], given[1] if len(given) > 1 else None))
+        return run()
 
-        def watch(run, given, options, context):
-            nonlocal begun
-            path = context.module.path
-            if context.method_name != "__call__":
-                return run(*given, **options)
-            if _is_block(path):
-                begun += 1
-                if after is not None and (begun <= after or begun > after + inside):
-                    return before if begun == after else given[0]
-                result = run(*given, **options)
-                found[""] = [(result, None)]
-                return result
-            if "/".join(path) in paths:
-                found["/".join(path)].append((given[0], given[1] if len(given) > 1 else None))
-            return run(*given, **options)
+    return watch
 
-        with nn.intercept_methods(watch):
-            model.apply({"params": params}, *args)
-        return found
 
-    return run
+@partial(jax.jit, static_argnums=(0, 1))
+def _inputs_in_model(model: nn.Module, path: str, params: Any, args: Args) -> list[tuple[Any, Any]]:
+    """Returns the inputs of a layer, wherever it is, from a whole forward pass."""
+    found: Inputs = {path: []}
+    _watched(model, params, args, _collect(found))
+    return found[path]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _inputs_around_blocks(
+    model: nn.Module, path: str, end: int, params: Any, args: Args, x: Any
+) -> list[tuple[Any, Any]]:
+    """Returns the inputs of a layer outside of the blocks; `x` is the output of the first `end` blocks."""
+    found: Inputs = {path: []}
+    collect, begun = _collect(found), 0
+
+    def watch(path, given, run, module):
+        nonlocal begun
+        if not _is_block(path):
+            return collect(path, given, run, module)
+        begun += 1
+        return x if begun == end else given[0]
+
+    _watched(model, params, args, watch)
+    return found[path]
+
+
+@partial(jax.jit, static_argnums=0)
+def _enter_blocks(model: nn.Module, params: Any, args: Args) -> tuple[Any, tuple[Any, ...]]:
+    """Returns the input of the first block, and the other arrays that it is called with."""
+    first: list[Any] = []
+
+    def watch(path, given, run, module):
+        if not _is_block(path):
+            return run()
+        first.append((given[0], tuple(v for v in given[1:] if _is_array(v))))
+        return given[0]
+
+    _watched(model, params, args, watch)
+    return first[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_block(module: nn.Module, static: tuple[Any, ...], path: str, params: Any, x: Any, arrays: tuple[Any, ...]):
+    """Returns the output of a block and the inputs of one of its layers (`path` within the block; or '')."""
+    found: Inputs = {path: []}
+    remaining = iter(arrays)
+    rest = tuple(next(remaining) if v is None else v for v in static)
+    return _watched(module, params, (x, *rest), _collect(found) if path else lambda p, g, run, m: run()), found[path]
 
 
 class Stage(NamedTuple):
@@ -421,8 +477,13 @@ class Stage(NamedTuple):
     once: bool
 
 
-def make_stages(calls: Sequence[Call]) -> list[Stage]:
-    """Groups neighbouring calls with the same input; a layer that is called more than once has a stage of its own."""
+def make_stages(calls: Sequence[Call], alike: bool = True) -> list[Stage]:
+    """Groups neighbouring calls with the same input; a layer that is called more than once has a stage of its own.
+
+    Args:
+      calls: in their order.
+      alike: whether the model's blocks can be run one by one; if not, no stage counts as called once.
+    """
     counts: dict[str, int] = {}
     for call in calls:
         counts[call.path] = counts.get(call.path, 0) + 1
@@ -432,7 +493,7 @@ def make_stages(calls: Sequence[Call]) -> list[Stage]:
         if call.path in seen:
             continue
         seen.add(call.path)
-        once = counts[call.path] == 1
+        once = alike and counts[call.path] == 1
         last = stages[-1] if stages else None
         if once and last is not None and last.once and last.calls[0].source == call.source:
             stages[-1] = Stage((*last.calls, call), True)
@@ -522,9 +583,11 @@ def adaround(
         for name, spec in _chosen(options, policy, list(weights)).items()
     }
     ranges = weight_ranges(policy, sites, params)
-    work = _Work(bare, params, quantized_weights(policy, sites, params, ranges), batches, options)
     owners = {name.rpartition("/")[0]: name for name in chosen}
-    stages = make_stages(trace_calls(bare, params, batches[0], set(owners)))
+    calls, blocks = trace(bare, params, batches[0], set(owners))
+    work = _Work(bare, params, quantized_weights(policy, sites, params, ranges), blocks, batches, options)
+    # Blocks with arguments of their own are not run one by one: their layers' inputs come from the whole model.
+    stages = make_stages(calls, alike=len({block.rest for block in blocks}) <= 1)
     reports: list[LayerReport] = []
     with progress(len(chosen), "adaround") as bar:
         for stage in stages:
@@ -546,37 +609,69 @@ def adaround(
 class _Work:
     """The two networks, full-precision and quantized so far, and how far the data have come through them."""
 
-    def __init__(self, model: nn.Module, params: Any, quantized: Any, batches: Sequence[Args], options: AdaRound):
-        self.model, self.batches, self.options = model, batches, options
-        self.full = traverse_util.flatten_dict(params, sep="/")
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Any,
+        quantized: Any,
+        blocks: Sequence[Block],
+        batches: Sequence[Args],
+        options: AdaRound,
+    ):
+        self.model, self.blocks, self.batches, self.options = model, blocks, batches, options
+        self.full = dict(traverse_util.flatten_dict(params, sep="/"))
         self.quantized = dict(traverse_util.flatten_dict(quantized, sep="/"))
-        self.block = 0
-        self.before: list[tuple[Any, Any]] = [(None, None)] * len(batches)  # of each network, the last block's output
+        self.done = 0  # blocks behind the data
+        self.x: list[tuple[Any, Any]] = []  # by batch: the data in both networks, before block number `done`
+        self.arrays: list[tuple[Any, Any]] = []  # by batch: what else the blocks are called with
         self.cached: tuple[Stage, Any] | None = None
 
-    def _both(self, run: Callable[..., Any], args: Args, before: tuple[Any, Any]) -> tuple[Any, Any]:
-        full, quantized = (traverse_util.unflatten_dict(flat, sep="/") for flat in (self.full, self.quantized))
-        first = run(full, args, before[0])
-        return first, first if self.options.inputs == "full_precision" else run(quantized, args, before[1])
+    def _both(self, program: Callable[..., Any], *pairs: tuple[Any, Any], below: str = "") -> tuple[Any, Any]:
+        """Returns `program(params, ...)` of the full-precision and of the quantized network, each with its part of the
+        pairs."""
+        found: list[Any] = []
+        for i, flat in enumerate((self.full, self.quantized)):
+            if i == 1 and self.options.inputs == "full_precision":
+                return found[0], found[0]
+            mine = {name.removeprefix(below): value for name, value in flat.items() if name.startswith(below)}
+            found.append(program(traverse_util.unflatten_dict(mine, sep="/"), *(pair[i] for pair in pairs)))
+        return found[0], found[1]
+
+    def _block(self, path: str, x: tuple[Any, Any], arrays: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Runs the next block in both networks; `path` is that of a layer in it, or empty."""
+        block = self.blocks[self.done]
+        program = partial(_run_block, block.module, block.static, path.removeprefix(f"{block.path}/"))
+        return self._both(program, x, arrays, below=f"{block.path}/")
 
     def go_to(self, stage: Stage) -> None:
         """Carries the data through all blocks before a stage."""
         self.cached = None
         call = stage.calls[0]
-        while self.block < call.block - call.inside:
-            run = _part_of_forward(self.model, (), self.block, True)
-            found = [self._both(run, args, before) for args, before in zip(self.batches, self.before, strict=True)]
-            self.before = [(a[""][0][0], b[""][0][0]) for a, b in found]
-            self.block += 1
+        target = call.block - call.inside
+        if not stage.once or (target == 0 and not call.inside):
+            return
+        if not self.x:
+            entered = [self._both(partial(_enter_blocks, self.model), (args, args)) for args in self.batches]
+            self.x = [(a[0], b[0]) for a, b in entered]
+            self.arrays = [(a[1], b[1]) for a, b in entered]
+        while self.done < target:
+            outputs = [self._block("", x, arrays) for x, arrays in zip(self.x, self.arrays, strict=True)]
+            self.x = [(a[0], b[0]) for a, b in outputs]
+            self.done += 1
 
-    def _inputs(self, stage: Stage) -> Any:
+    def _inputs(self, stage: Stage) -> Iterator[tuple[Any, Any, Any]]:
         """Yields, batch by batch, the inputs of both networks and counts, once for every call of the stage's layers."""
-        path = stage.calls[0].path
         call = stage.calls[0]
-        run = _part_of_forward(self.model, (path,), self.block if stage.once else None, call.inside)
-        for args, before in zip(self.batches, self.before, strict=True):
-            full, quantized = self._both(run, args, before)
-            for (x0, counts), (x, _) in zip(full[path], quantized[path], strict=True):
+        for number, args in enumerate(self.batches):
+            if not stage.once:
+                both = self._both(partial(_inputs_in_model, self.model, call.path), (args, args))
+            elif call.inside:
+                a, b = self._block(call.path, self.x[number], self.arrays[number])
+                both = a[1], b[1]
+            else:
+                program = partial(_inputs_around_blocks, self.model, call.path, self.done)
+                both = self._both(program, (args, args), self.x[number] if self.done else (None, None))
+            for (x0, counts), (x, _) in zip(*both, strict=True):
                 yield x0, x, counts
 
     def round(self, stage: Stage, call: Call, name: str, spec: Spec, params: grid.QParams | None):
