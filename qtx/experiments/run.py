@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -202,7 +203,7 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
     Args:
       config: `model.name` is the trained checkpoint; `quant` and `calibration` say how.
-      workdir: receives `quantized/` (the packed artifact), `sites.txt` and the report.
+      workdir: receives `quantized/` (the packed artifact, unless `save_models` is off), `sites.txt` and the report.
 
     Returns:
       `{'full_precision', 'quantized', 'weight_bytes'}`.
@@ -228,6 +229,8 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     family, sizes = experiment.pretrained.family, experiment.pretrained.config
     directory = workdir / "quantized"
     size = save_quantized(directory, family, sizes, policy, params, quantized.ranges, experiment.tokenizer)
+    if not config.save_models:
+        shutil.rmtree(directory)  # written to be counted
     listing = describe(experiment.model.clone(policy=policy), {"params": params}, *batches[0])
     write_text(workdir / "sites.txt", f"{listing}\n")
     full = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
