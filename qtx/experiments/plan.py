@@ -2,8 +2,8 @@
 
 A sweep has four parts, each of which may be missing:
 
-- **axes** (`grid`): `("task", ("rte", "mrpc"))`, a field and its values, or `("task", {"rte": {"task": "rte", ...}, ...})`, labels
-  with the fields that each of them sets. The points of the grid are all combinations; the last axis turns fastest.
+- **axes** (`grid`): a field and its values, `("task", ("rte", "mrpc"))`, or labels with the fields that each of them sets,
+  `("task", {"rte": {"task": "rte", ...}, ...})`. The points of the grid are all combinations; the last axis turns fastest.
 - **rows**: what is done at every point: an entry, changes of fields, and the row whose trained model it starts from. A
   row that others start from is run once for each point and seed, and they all share its model.
 - **seeds**.
@@ -201,7 +201,9 @@ def plan(config: ConfigDict) -> list[Trial]:
     names = [trial.name for trial in trials]
     if len(set(names)) < len(names):
         double = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"two trials would share the directory {double!r}: give seeds, rows and labels names of their own")
+        raise UserError(
+            f"two trials would share the directory {double!r}: give seeds, rows and labels names of their own"
+        )
     return trials
 
 
@@ -268,9 +270,7 @@ def _axes(section: ConfigDict) -> list[tuple[str, list[Choice]]]:
             choices = [Choice(str(label), slug(str(label)), changes) for label, changes in values.items()]
         else:
             last = name.rpartition(".")[-1]
-            choices = [
-                Choice(str(v), slug(v if isinstance(v, str) else f"{last}={v}"), {name: v}) for v in values
-            ]
+            choices = [Choice(str(v), slug(v if isinstance(v, str) else f"{last}={v}"), {name: v}) for v in values]
         if not choices:
             raise UserError(f"sweep.grid: {name!r} has no values; give at least one, or leave the axis out")
         axes.append((name, choices))
@@ -288,16 +288,22 @@ def _rows(section: ConfigDict) -> list[Row]:
             raise UserError(f"every row of a sweep needs a name: {dict(given)!r} has none")
         rows.append(Row(**{"entry": section.entry, **given}))
         if rows[-1].entry not in ENTRIES:
-            raise UserError(f"row {rows[-1].name!r}: unknown entry {rows[-1].entry!r}{near_misses(rows[-1].entry, ENTRIES)}")
+            raise UserError(
+                f"row {rows[-1].name!r}: unknown entry {rows[-1].entry!r}{near_misses(rows[-1].entry, ENTRIES)}"
+            )
     names = [row.name for row in rows]
     for number, row in enumerate(rows):
         if row.name in names[:number]:
             raise UserError(f"two rows are called {row.name!r}: every row needs a name of its own")
         if row.start and row.start not in names[:number]:
             earlier = [other.name for other in rows[:number] if other.entry == "train"]
-            raise UserError(f"row {row.name!r} starts from {row.start!r}, no row before it{near_misses(row.start, earlier)}")
+            raise UserError(
+                f"row {row.name!r} starts from {row.start!r}, no row before it{near_misses(row.start, earlier)}"
+            )
         if row.start and rows[names.index(row.start)].entry not in ("train", "compare"):
-            raise UserError(f"row {row.name!r} starts from {row.start!r}, which trains no model; give a row that trains")
+            raise UserError(
+                f"row {row.name!r} starts from {row.start!r}, which trains no model; give a row that trains"
+            )
     return rows
 
 
@@ -315,6 +321,8 @@ def _check_range(base: ConfigDict, bounds: Sequence[Any]) -> None:
             raise UserError(f"{what}: low and high must be numbers, low below high")
         if len(bounds) == 4 and (bounds[3] != "log" or values[0] <= 0):
             raise UserError(f"{what}: a fourth value is 'log', for positive bounds")
+    if bounds[0] == "seed":
+        raise UserError(f"{what}: the seeds of a sweep are sweep.seeds (--seeds)")
     for value in values:
         changed(base, {bounds[0]: value}, "sweep.ranges")
 
@@ -325,6 +333,13 @@ def _is_at(row: Row, point: Point) -> bool:
 
 def _at_point(base: ConfigDict, row: Row, point: Point, is_source: bool) -> ConfigDict:
     config = base
+    every = [row.changes, *row.changes_at.values(), *(choice.changes for _, choice in point)]
+    if any("seed" in changes for changes in every):
+        raise UserError(
+            "the seeds of a sweep are sweep.seeds (--seeds): leave the field 'seed' out of its grid and its rows"
+        )
+    if row.start and any("model.name" in changes for changes in every[: 1 + len(row.changes_at)]):
+        raise UserError(f"row {row.name!r} starts from {row.start!r}: leave 'model.name' out of its changes")
     for name, choice in point:
         config = changed(config, choice.changes, f"sweep.grid {name!r}, {choice.label!r}")
     if row.start:

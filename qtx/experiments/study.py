@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import re
 import socket
 import threading
 import time
@@ -131,7 +132,9 @@ class Ledger:
       UserError: if the storage cannot be opened.
     """
 
-    def __init__(self, url: str, name: str, workdir: Path, heartbeat: int, sampler: str = "grid", maximize: bool = True):
+    def __init__(
+        self, url: str, name: str, workdir: Path, heartbeat: int, sampler: str = "grid", maximize: bool = True
+    ):
         self.storage = open_storage(url, heartbeat)
         self._name, self._locks, self._heartbeat = name, workdir.resolve() / ".locks", heartbeat
         self._sampler, self._direction = sampler, "maximize" if maximize else "minimize"
@@ -271,15 +274,22 @@ def open_storage(url: str, heartbeat: int) -> optuna.storages.RDBStorage:
                 continue
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
             raise UserError(
-                f"the storage {url!r} cannot be opened ({reason}); give a URL such as sqlite:///FILE or postgresql://USER@HOST/BASE"
+                f"the storage {without_password(url)!r} cannot be opened ({reason}); give a URL such as sqlite:///FILE or postgresql://USER@HOST/BASE"
             ) from None
     if lite:
         # SQLite knows no row locks. Every transaction takes the write lock at its beginning, so that reading a state and
         # changing it is one act, as it is elsewhere.
         storage.engine.dispose()
         sqlalchemy.event.listen(storage.engine, "connect", lambda connection, _: _by_hand(connection))
-        sqlalchemy.event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        sqlalchemy.event.listen(
+            storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE")
+        )
     return storage
+
+
+def without_password(text: str) -> str:
+    """Returns text in which the password of a URL is hidden."""
+    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
 
 
 def _by_hand(connection: Any) -> None:

@@ -28,7 +28,7 @@ from rich.console import Console
 from qtx.errors import UserError
 from qtx.experiments.config import sweeping
 from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
-from qtx.experiments.study import Attempt, Claim, Ledger, TakenOver
+from qtx.experiments.study import Attempt, Claim, Ledger, TakenOver, without_password
 from qtx.experiments.sweep_report import Report, make_report
 from qtx.files import write_text
 from qtx.train.logging import progress
@@ -71,10 +71,14 @@ def sweep(
       UserError: on anything that does not fit, before the first trial; and in the end, if trials have failed.
     """
     if jax.process_count() > 1:
-        raise UserError("a sweep gives each host trials of its own: start it on every host without --multihost, with one --storage")
+        raise UserError(
+            "a sweep gives each host trials of its own: start it on every host without --multihost, with one --storage"
+        )
     workdir, console = Path(workdir), Console(stderr=True)
     if "sweep" not in config:
-        raise UserError("the configuration has no section `sweep`; add config.sweep = qtx.experiments.config.sweeping(...)")
+        raise UserError(
+            "the configuration has no section `sweep`; add config.sweep = qtx.experiments.config.sweeping(...)"
+        )
     section = config.sweep
     everything = plan(config)
     chosen = selected(everything, only)
@@ -168,7 +172,9 @@ def check_outcome(outcome: Outcome, metric: str) -> None:
     """Raises a `UserError` if a metric is missing or no number."""
     for method, values in outcome.items():
         if metric not in values:
-            raise UserError(f"there is no metric {metric!r} to sweep for, only {', '.join(values)}; change sweep.metric")
+            raise UserError(
+                f"there is no metric {metric!r} to sweep for, only {', '.join(values)}; change sweep.metric"
+            )
         if not math.isfinite(values[metric]):
             raise UserError(f"its {metric} is {values[metric]}{method and f' for {method}'}")
 
@@ -200,4 +206,4 @@ def command_of(argv: Sequence[str]) -> str:
             skip = not skip and not sign and name in once[:3]  # --trials 5
             continue
         kept.append(argument)
-    return f"python {shlex.join(kept)}"
+    return f"python {shlex.join(map(without_password, kept))}"

@@ -49,7 +49,7 @@ class Cell:
             return ""
         count = f"n={len(self.scores)}" + (f" of {self.planned}" if len(self.scores) < self.planned else "")
         low, high = min(self.scores.values()), max(self.scores.values())
-        spread = f"{low:.4f}-{high:.4f}, " if len(self.scores) > 1 else ""
+        spread = f"{low:.4f} to {high:.4f}, " if len(self.scores) > 1 else ""
         return f"{self.median:.4f} ({spread}{count})"
 
 
@@ -166,7 +166,7 @@ def _table(cells: Sequence[Cell], section: ConfigDict) -> Table:
         [*axes, "row", *columns, *means],
         rows,
         formats={name: ".4f" for name in means},
-        title=f"{section.metric}: median over seeds (min-max, number of seeds)",
+        title=f"{section.metric}: median over seeds (lowest to highest, number of seeds)",
     )
 
 
@@ -174,7 +174,9 @@ def _list(cells: Sequence[Cell], section: ConfigDict) -> Table:
     axes = list(cells[0].labels) if cells else []
     rows: list[list[Any]] = []
 
-    def add(labels: Sequence[str], row: str, median: float | None, scores: Mapping[int, float], published, size) -> None:
+    def add(
+        labels: Sequence[str], row: str, median: float | None, scores: Mapping[int, float], published, size
+    ) -> None:
         spread = [min(scores.values()), max(scores.values())] if scores else [None, None]
         seeds = ", ".join(f"{seed}: {score:.4f}" for seed, score in scores.items())
         difference = None if median is None or published is None else median - published
@@ -222,7 +224,7 @@ def _search(trials: Sequence[Trial], attempts: Mapping[str, Attempt], section: C
     return Table(
         [*axes, "row", "sample", *fields, section.metric],
         rows,
-        title=f"{section.sampler} search for {section.metric}: best first; median over seeds (min-max, number of seeds)",
+        title=f"{section.sampler} search for {section.metric}: best first; median over seeds (lowest to highest, number of seeds)",
     )
 
 
