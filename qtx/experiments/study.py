@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import sqlalchemy.event
@@ -137,7 +137,8 @@ class Ledger:
     ):
         self.storage = open_storage(url, heartbeat)
         self._name, self._locks, self._heartbeat = name, workdir.resolve() / ".locks", heartbeat
-        self._sampler, self._direction = sampler, "maximize" if maximize else "minimize"
+        self._sampler = sampler
+        self._direction: Literal["maximize", "minimize"] = "maximize" if maximize else "minimize"
         self._studies: dict[str, optuna.Study] = {}
         self._host = socket.gethostname()
 

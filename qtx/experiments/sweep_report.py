@@ -219,12 +219,13 @@ def _search(trials: Sequence[Trial], attempts: Mapping[str, Attempt], section: C
             drawn = [attempt.drawn.get(field) for field in fields]
             if attempt.state != "new" and attempt.state != "waiting":
                 found.append((cell.median, [*trial.labels.values(), trial.row.name, trial.group, *drawn, str(cell)]))
-        scored = sorted((x for x in found if x[0] is not None), key=lambda x: x[0], reverse=section.maximize)
-        rows += [line for _, line in scored] + [line for median, line in found if median is None]
+        scored = [(median, number) for number, (median, _) in enumerate(found) if median is not None]
+        rows += [found[number][1] for _, number in sorted(scored, reverse=section.maximize)]
+        rows += [line for median, line in found if median is None]
     return Table(
         [*axes, "row", "sample", *fields, section.metric],
         rows,
-        title=f"{section.sampler} search for {section.metric}: best first; median over seeds (lowest to highest, number of seeds)",
+        title=f"{section.sampler} search, best first; {section.metric}: median over seeds (lowest to highest, number of seeds)",
     )
 
 
