@@ -32,7 +32,8 @@ Args = tuple[Any, ...]
 _estimate = jax.jit(estimators.estimate, static_argnums=0)
 
 
-def _put(tree: dict[str, Any], name: str, value: Any) -> None:
+def put(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Sets an entry of a nested dict by its name, such as `a/b/c`."""
     *path, leaf = name.split("/")
     for part in path:
         tree = tree.setdefault(part, {})
@@ -58,7 +59,7 @@ def weight_ranges(policy: Policy, sites: Mapping[str, SiteInfo], params: Mapping
             continue
         if spec.granularity.permute:
             raise UserError(f"weight {name!r}: permuted groups are for activations; use per_group(K) or per_channel()")
-        _put(ranges, name, _estimate(spec.at(info.channel_axis, len(info.shape)), flat[name])._asdict())
+        put(ranges, name, _estimate(spec.at(info.channel_axis, len(info.shape)), flat[name])._asdict())
     return ranges
 
 
@@ -130,7 +131,7 @@ def permutation_groups(
                 raise UserError(f"{name!r} is to share the permutation of {source!r}, which has no permuted groups")
         k = spec.granularity.groups
         assert k is not None
-        _put(groups, name, rows.groups_by_range(highs[source] - lows[source], k))
+        put(groups, name, rows.groups_by_range(highs[source] - lows[source], k))
     return groups
 
 
@@ -144,6 +145,7 @@ def calibrate(
     batches: Sequence[Args],
     share_permutation: str | None = None,
     permutation: Literal["full_precision", "published"] = "full_precision",
+    weights: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Finds the range of every quantized site.
 
@@ -155,6 +157,7 @@ def calibrate(
       batches: argument tuples for the model; statistics follow their order.
       share_permutation: see `permutation_groups`.
       permutation: `'published'` reproduces the released permutation pass.
+      weights: a `ranges` collection with the ranges of the weights, if they are known (see `qtx.methods.adaround`).
 
     Returns:
       The `ranges` collection: for every site `scale`, `zero_point`, `signed` and, for permuted groups, `group`.
@@ -169,7 +172,7 @@ def calibrate(
         raise UserError("calibration got no batches; give it at least one")
     sites = list_sites(model, {"params": params}, *batches[0])
     check_policy(policy, sites)
-    ranges = weight_ranges(policy, sites, params)
+    ranges = weight_ranges(policy, sites, params) if weights is None else dict(weights)
     _check_finite(ranges, "the weights hold NaN or infinity: check the checkpoint")
     observed = [
         spec
