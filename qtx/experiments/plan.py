@@ -128,7 +128,7 @@ class Trial:
 
     def run_config(self, workdir: Path, seed: int, drawn: Mapping[str, Any]) -> ConfigDict:
         """Returns the configuration of one run."""
-        start = {"model.name": str(workdir / self.start / f"seed_{seed}" / "model")} if self.start else {}
+        start = {"model.name": str(workdir.resolve() / self.start / f"seed_{seed}" / "model")} if self.start else {}
         return changed(self.config, {"seed": seed, **start, **drawn}, self.name)
 
 

@@ -82,6 +82,8 @@ class Claim:
 
     def draw(self, ranges: Sequence[Sequence[Any]]) -> dict[str, Any]:
         """Draws a value for each range (see `plan.Trial`); the same ones when an attempt is taken up again."""
+        if not ranges:
+            return {}
         self._study.sampler = self._ledger.sampler(self.attempt.number)
         trial = optuna.trial.Trial(self._study, self.attempt.id)
         drawn: dict[str, Any] = {}

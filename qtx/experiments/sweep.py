@@ -94,7 +94,9 @@ def sweep(
         return found
 
     if report_only:
-        return report()
+        found = report()
+        found.print_cells()
+        return found
     save_config(config, workdir)
     deadline = time.monotonic() + 60 * minutes if minutes else math.inf
     again, before, ran, told = (("failed",) if retry_failed else ()), None, 0, ""
@@ -125,7 +127,8 @@ def sweep(
             if needed and told != (told := ", ".join(sorted(needed))):
                 console.print(f"waiting for {told}, which run elsewhere", highlight=False)
             time.sleep(_POLL)
-    found = report() if not ran else make_report(section, everything, ledger.attempts(everything), command)
+    found = make_report(section, everything, ledger.attempts(everything), command) if ran else report()
+    found.print_cells()
     failed = [name for name, attempt in ledger.attempts(chosen).items() if attempt.state == "failed"]
     if failed:
         line = ledger.attempts(chosen)[failed[0]].error

@@ -80,6 +80,11 @@ class Report:
         if len(self.missing) > _SHOWN:
             print(f"... and {len(self.missing) - _SHOWN} more in table.md")
 
+    def print_cells(self) -> None:
+        """Prints the table of cells."""
+        if self.cells.rows:
+            self.cells.print()
+
     def save(self, workdir: Path) -> None:
         """Writes `table.md` (with what is missing), `table.csv`, `cells.md`, `cells.csv`, and `search.*` after a search."""
         self.table.save(workdir, "table")
@@ -158,16 +163,25 @@ def _table(cells: Sequence[Cell], section: ConfigDict) -> Table:
     columns = list(dict.fromkeys(column for line in lines.values() for column in line))
     axes = [axis for axis in (cells[0].labels if cells else ()) if axis != section.columns]
     means = [section.mean] if section.columns and len(columns) > 1 else []
+    published = _published_means(section) if means else {}
     rows = []
     for key, line in lines.items():
         values = [str(line[column]) if column in line else "" for column in columns]
         rows.append([*key, *values, *([_mean(line, columns)] if means else [])])
+        if published:
+            rows[-1].append(published.get(key[-1]))
+    means += [f"published {section.mean}"] if published else []
     return Table(
         [*axes, "row", *columns, *means],
         rows,
         formats={name: ".4f" for name in means},
         title=f"{section.metric}: median over seeds (lowest to highest, number of seeds)",
     )
+
+
+def _published_means(section: ConfigDict) -> dict[str, float]:
+    found = {row["name"]: row.get("published", {}).get(section.mean) for row in section.rows}
+    return {name: mean for name, mean in found.items() if mean is not None}
 
 
 def _list(cells: Sequence[Cell], section: ConfigDict) -> Table:
@@ -188,20 +202,19 @@ def _list(cells: Sequence[Cell], section: ConfigDict) -> Table:
     if section.columns:
         lines = _lines(cells, section)
         columns = list(dict.fromkeys(column for line in lines.values() for column in line))
-        published = {}
-        for row in section.rows:
-            published[row["name"]] = row.get("published", {}).get(section.mean)
+        published = _published_means(section)
         for line in lines.values() if len(columns) > 1 else ():
             some = next(iter(line.values()))
             labels = [section.mean if axis == section.columns else some.labels[axis] for axis in axes]
             add(labels, some.row, _mean(line, columns), {}, published.get(some.row), None)
-    numbers = ("median", "min", "max", "published", "difference")
-    return Table(
-        [*axes, "row", "median", "min", "max", "n", "seeds", "published", "difference", "MiB of weights"],
-        rows,
-        formats={name: ".4f" for name in numbers} | {"MiB of weights": ".2f"},
-        title=section.metric,
-    )
+    columns = [*axes, "row", "median", "min", "max", "n", "seeds", "published", "difference", "MiB of weights"]
+    formats = {name: ".4f" for name in ("median", "min", "max", "published", "difference")} | {"MiB of weights": ".2f"}
+    # What no row knows has no column.
+    empty = [i for i, name in enumerate(columns) if name in columns[-3:] and all(row[i] is None for row in rows)]
+    kept = [i for i in range(len(columns)) if i not in empty]
+    names = [columns[i] for i in kept]
+    shown = {name: text for name, text in formats.items() if name in names}
+    return Table(names, [[row[i] for i in kept] for row in rows], shown, title=f"{section.metric}, cell by cell")
 
 
 def _search(trials: Sequence[Trial], attempts: Mapping[str, Attempt], section: ConfigDict) -> Table:

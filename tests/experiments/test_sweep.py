@@ -1,5 +1,6 @@
 """Sweeps: what is planned, who runs it, what survives, and what the tables say."""
 
+import contextlib
 import csv
 import json
 import os
@@ -7,16 +8,18 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
 from qtx.errors import UserError
-from qtx.experiments import compare, plan, study, sweep
+from qtx.experiments import compare, plan, run, study, sweep
 from qtx.experiments.config import base, changed, policy_from, sweeping
 from qtx.experiments.plan import ENTRIES, parse_axis, parse_range, parse_seeds
 from qtx.experiments.sweep import STORAGE_FILE, command_of, with_fields
+from qtx.train.logging import read_metrics
 from tests.experiments.test_launch import ROOT, get_config, on_tiny
 
 ROWS = (
@@ -155,9 +158,8 @@ def test_no_trial_is_started_after_the_time(runs, tmp_path, monkeypatch):
 
 def test_report_only_runs_nothing(runs, tmp_path):
     report = sweep.sweep(tiny_sweep(), tmp_path, report_only=True)
-    assert (
-        not runs and len(report.missing) == 4 and report.table.rows == [["full", "", "", None], ["low", "", "", None]]
-    )
+    assert not runs and len(report.missing) == 4
+    assert [row[:4] for row in report.table.rows] == [["full", "", "", None], ["low", "", "", None]]
 
 
 def test_another_configuration_under_the_same_name_is_refused(runs, tmp_path):
@@ -305,6 +307,20 @@ def test_the_trial_of_a_worker_elsewhere_is_taken_when_its_heartbeat_is_old(tmp_
     assert near.attempts(trials)[trials[0].name].state == "waiting"
 
 
+def test_a_worker_shows_that_it_lives(tmp_path):
+    trials = plan.plan(tiny_sweep(seeds=(1,)))
+    ledger = study.Ledger(f"sqlite:///{tmp_path / STORAGE_FILE}", "sweep", tmp_path, heartbeat=1)
+    ledger.enter(trials)
+    with ledger.claim(trials[0]), contextlib.closing(sqlite3.connect(tmp_path / STORAGE_FILE, timeout=60)) as data:
+        with data:
+            data.execute("update trial_heartbeats set heartbeat = '2020-01-01 00:00:00'")
+        for _ in range(600):  # for a machine that does a lot else
+            if not data.execute("select heartbeat from trial_heartbeats").fetchone()[0].startswith("2020"):
+                return
+            time.sleep(0.1)
+    raise AssertionError("no heartbeat in a minute")
+
+
 # --- the tables
 
 
@@ -312,10 +328,10 @@ def test_medians_spread_seeds_and_what_is_missing(runs, tmp_path):
     config = tiny_sweep()
     sweep.sweep(config, tmp_path, only=["rte/*", "mrpc/full/seed_2"])
     report = sweep.sweep(config, tmp_path, report_only=True, command="python launch/sweep.py --workdir=w")
-    assert report.table.columns == ["row", "rte", "mrpc", "mean"]
+    assert report.table.columns == ["row", "rte", "mrpc", "mean", "published mean"]
     assert report.table.rows[0][:3] == ["full", "0.2000 (0.1000 to 0.3000, n=3)", "0.2000 (n=1 of 3)"]
-    assert report.table.rows[0][3] == pytest.approx(0.2)
-    assert report.table.rows[1] == ["low", "-0.3000 (-0.4000 to -0.2000, n=3)", "", None]
+    assert report.table.rows[0][3:] == [pytest.approx(0.2), 0.7]
+    assert report.table.rows[1] == ["low", "-0.3000 (-0.4000 to -0.2000, n=3)", "", None, None]
     assert report.missing == (
         "mrpc, full: seed_1, seed_3 not run: `python launch/sweep.py --workdir=w --only='mrpc/full/*'`",
         "mrpc, low: seed_1, seed_2, seed_3 not run: `python launch/sweep.py --workdir=w --only='mrpc/low/*'`",
@@ -367,6 +383,13 @@ def test_a_search_draws_for_rows_that_nothing_starts_from(runs, tmp_path, sample
     assert len(report.search.rows) == 4 and report.table.rows == [["full", "0.1500 (0.1000 to 0.2000, n=2)"]]
 
 
+def test_a_search_of_a_configuration_without_rows(runs, tmp_path):
+    config = with_fields(base(), ranges=(parse_range("data.seed=1:9"),), sampler="random", samples=3)
+    report = sweep.sweep(config, tmp_path, trials=2)
+    assert names(runs, tmp_path) == ["sample_0/seed_1000", "sample_1/seed_1000"] and len(report.search.rows) == 2
+    assert report.missing == ("all: sample_2 not run: `python launch/sweep.py`",)
+
+
 def test_a_search_shows_the_best_first_and_survives_an_interrupt(runs, tmp_path, monkeypatch):
     seen, fails = [], [True]
 
@@ -414,7 +437,7 @@ def test_published_tables_are_complete(table):
             assert len(scores) == 8 and sum(scores.values()) / 8 == pytest.approx(mean, abs=6e-5)
 
 
-def test_full_precision_ptq_and_qat_from_one_model(tiny_config, tmp_path):
+def test_full_precision_ptq_and_qat_from_one_model_that_was_interrupted(tiny_config, tmp_path, monkeypatch):
     config = tiny_config
     config.calibration.batches = 1
     rows = (
@@ -424,7 +447,14 @@ def test_full_precision_ptq_and_qat_from_one_model(tiny_config, tmp_path):
     )
     config.save_models = False
     config.sweep = sweeping(rows=rows, seeds=(7,))
+    config.log_every = 1
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "save_trained", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        sweep.sweep(config, tmp_path)
+    before = read_metrics(tmp_path / "FP32/seed_7")
+    assert [line["step"] for line in before] == [1, 2, 3, 4]
     report = sweep.sweep(config, tmp_path)
+    assert read_metrics(tmp_path / "FP32/seed_7") == before  # nothing was trained twice
     assert [row[0] for row in report.table.rows] == ["FP32", "W8A8", "QAT"] and not report.missing
     full = json.loads((tmp_path / "FP32/seed_7/result_finetune.json").read_text())
     quantized = json.loads((tmp_path / "W8A8/seed_7/result.json").read_text())
