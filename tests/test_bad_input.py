@@ -161,6 +161,22 @@ def test_storage_that_cannot_be_opened(tmp_path, url):
     assert "cannot be opened" in text and url.replace("secret", "***") in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"quant.overrides": "yy=16"}, "bad: unknown"),
+        ({"quant.weight_bits": 32, "quant.activation_bits": 32}, "bad: `quant` keeps everything in full precision"),
+        ({"recipe": ("qatt",)}, "'qat'"),
+    ],
+)
+def test_row_of_a_sweep_that_would_fail_after_the_training_of_another(tiny_config, tmp_path, changes, named):
+    bad = {"name": "bad", "start": "good", "changes": {"recipe": ("qat",), **changes}}
+    tiny_config.sweep = sweeping(rows=({"name": "good"}, bad))
+    assert named in message(sweep, tiny_config, tmp_path)
+    tiny_config.model.name = str(tmp_path / "nothing")
+    assert "good: no such checkpoint" in message(sweep, tiny_config, tmp_path)
+
+
 def test_sweep_of_trials_that_do_not_exist(tmp_path):
     config = base()
     config.sweep = sweeping(seeds=(1, 2))

@@ -97,6 +97,14 @@ def phase(quantized: bool = False, learning_rate: float = 5e-5) -> ConfigDict:
     )
 
 
+def phases_of(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+    """Returns name and section of every phase of the recipe; raises a `UserError` on a phase that does not exist."""
+    for name in config.recipe:
+        if name not in config.phases:
+            raise UserError(f"the recipe names an unknown phase {name!r}{near_misses(name, config.phases)}")
+    return [(name, config.phases[name]) for name in config.recipe]
+
+
 def quantization() -> ConfigDict:
     """Returns the section that describes a policy: W8A8, everything per tensor."""
     return ConfigDict(

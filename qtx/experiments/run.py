@@ -19,8 +19,8 @@ import jax
 from ml_collections import ConfigDict
 
 from qtx import models
-from qtx.errors import UserError, near_misses
-from qtx.experiments.config import optimizer_from, policy_from
+from qtx.errors import UserError
+from qtx.experiments.config import optimizer_from, phases_of, policy_from
 from qtx.experiments.setup import Experiment, setup
 from qtx.export.packed import save_quantized
 from qtx.files import write_text
@@ -43,10 +43,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
     config = experiment.config
     recipe: list[Phase] = []
     policy: Policy | None = None
-    for name in config.recipe:
-        if name not in config.phases:
-            raise UserError(f"the recipe names an unknown phase {name!r}{near_misses(name, config.phases)}")
-        section = config.phases[name]
+    for name, section in phases_of(config):
         options: dict[str, Any] = dict(
             epochs=section.epochs,
             steps=section.steps,

@@ -25,8 +25,9 @@ import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from qtx import models
 from qtx.errors import UserError
-from qtx.experiments.config import sweeping
+from qtx.experiments.config import phases_of, policy_from, sweeping
 from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
 from qtx.experiments.study import Attempt, Claim, Ledger, TakenOver, without_password
 from qtx.experiments.sweep_report import Report, make_report
@@ -97,6 +98,7 @@ def sweep(
         found = report()
         found.print_cells()
         return found
+    check_models(chosen)
     save_config(config, workdir)
     deadline = time.monotonic() + 60 * minutes if minutes else math.inf
     again, before, ran, told = (("failed",) if retry_failed else ()), None, 0, ""
@@ -137,6 +139,29 @@ def sweep(
             "(--retry_failed runs them again)"
         )
     return found
+
+
+def check_models(trials: Sequence[Trial]) -> None:
+    """Finds, before hours of training, what would fail in the end: a model that is not there, a policy that cannot be.
+
+    Raises:
+      UserError: that says which trial.
+    """
+    sources = {trial.group: trial for trial in trials}
+    for group, trial in sources.items():
+        entry, config = trial.row.entry, trial.config
+        root = trial
+        while root.start:
+            root = sources[root.start]
+        try:
+            sizes = models.read_config(models.locate(root.config.model.name))[1]
+            quantized = entry == "train" and any(section.quantized for _, section in phases_of(config))
+            if (quantized or entry == "quantize") and policy_from(config.quant, sizes.num_layers) is None:
+                raise UserError(
+                    "`quant` keeps everything in full precision; set weight_bits or activation_bits below 32"
+                )
+        except UserError as error:
+            raise UserError(f"{group}: {error}" if group else str(error)) from None
 
 
 def _is_ready(trial: Trial, attempts: dict[str, Attempt], workdir: Path) -> bool:

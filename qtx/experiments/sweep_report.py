@@ -16,7 +16,7 @@ from qtx.experiments.study import Attempt
 from qtx.files import write_text
 from qtx.train.report import Table
 
-_SHOWN = 12  # lines about missing trials that are printed; the file has all
+_SHOWN = 12  # missing cells that are printed; the file has all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +61,15 @@ class Report:
       table: rows against the values of one axis; medians, smallest and largest score, number of seeds.
       cells: one line for each cell of it, with every seed's score and published numbers.
       search: one line for each sample, best first; None without a search.
-      missing: a line for each cell that is not complete: why, and the command that fills it.
+      missing: for each cell that is not complete: which and why, and the flags of the command that fills it.
+      command: that fills all of them, without such flags.
     """
 
     table: Table
     cells: Table
     search: Table | None
-    missing: tuple[str, ...]
+    missing: tuple[tuple[str, str], ...]
+    command: str
 
     def print(self) -> None:
         """Prints the tables and the first of the missing cells."""
@@ -75,8 +77,10 @@ class Report:
             self.table.print()
         if self.search is not None:
             self.search.print()
-        for line in self.missing[:_SHOWN]:
-            print(line)
+        if self.missing:
+            print(f"missing, and run by: {self.command}")
+        for what, flags in self.missing[:_SHOWN]:
+            print(f"  {what}  {flags}".rstrip())
         if len(self.missing) > _SHOWN:
             print(f"... and {len(self.missing) - _SHOWN} more in table.md")
 
@@ -94,7 +98,8 @@ class Report:
             self.search.save(workdir, "search")
             text += f"\n{self.search.title}\n\n{self.search.markdown()}"
         if self.missing:
-            text += "\nMissing:\n\n" + "".join(f"- {line}\n" for line in self.missing)
+            commands = [(what, f"{self.command} {flags}".rstrip()) for what, flags in self.missing]
+            text += "\nMissing:\n\n" + "".join(f"- {what}: `{command}`\n" for what, command in commands)
         write_text(workdir / "table.md", text)
 
 
@@ -111,8 +116,8 @@ def make_report(section: ConfigDict, trials: Sequence[Trial], attempts: Mapping[
     searched = [trial for trial in trials if trial.search]
     cells = _cells(fixed, attempts, section)
     search = _search(searched, attempts, section) if searched else None
-    missing = tuple(_missing(trials, attempts, command))
-    return Report(_table(cells, section), _list(cells, section), search, missing)
+    missing = tuple(_missing(trials, attempts))
+    return Report(_table(cells, section), _list(cells, section), search, missing, command)
 
 
 def _methods(trials: Iterable[Trial], attempts: Mapping[str, Attempt]) -> list[str]:
@@ -242,8 +247,8 @@ def _search(trials: Sequence[Trial], attempts: Mapping[str, Attempt], section: C
     )
 
 
-def _missing(trials: Sequence[Trial], attempts: Mapping[str, Attempt], command: str) -> Iterable[str]:
-    """Says for each cell, or search, what is not there, why, and what fills it."""
+def _missing(trials: Sequence[Trial], attempts: Mapping[str, Attempt]) -> Iterable[tuple[str, str]]:
+    """Says for each cell, or search, what is not there, why, and with which flags it is run alone."""
     groups: dict[str, list[Trial]] = {}
     for trial in trials:
         groups.setdefault(trial.search or trial.group, []).append(trial)
@@ -256,10 +261,12 @@ def _missing(trials: Sequence[Trial], attempts: Mapping[str, Attempt], command: 
             reasons.setdefault(_reason(trial, attempts), []).append(trial.name.rpartition("/")[-1])
         where = ", ".join(filter(None, (*members[0].labels.values(), members[0].row.name)))
         why = "; ".join(f"{', '.join(names)} {reason}" for reason, names in reasons.items())
-        again = " --retry_failed" if any(attempts[trial.name].state == "failed" for trial in left) else ""
-        pattern = members[0].name.rpartition("/")[0]
-        only = f" --only={shlex.quote(f'{pattern}/*')}" if pattern else ""
-        yield f"{where or 'all'}: {why}: `{command}{only}{again}`"
+        flags = []
+        if pattern := members[0].name.rpartition("/")[0]:
+            flags.append(f"--only={shlex.quote(f'{pattern}/*')}")
+        if any(attempts[trial.name].state == "failed" for trial in left):
+            flags.append("--retry_failed")
+        yield f"{where or 'all'}: {why}", " ".join(flags)
 
 
 def _reason(trial: Trial, attempts: Mapping[str, Attempt]) -> str:
