@@ -40,7 +40,6 @@ def get_config(arg: str = "full"):
     config.calibration.batches = 1  # of one shape: one compilation
     config.calibration.batch_size = 128
     config.rows = ROWS
-    config.seeds = ()  # such as (1000, 1001, 1002): all of it once a seed, and a table of means
     if arg == "smoke":
         config.data.limit_train = 96
         config.data.limit_eval = 64

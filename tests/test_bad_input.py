@@ -16,7 +16,9 @@ from qtx import data, models, quant
 from qtx.errors import UserError
 from qtx.experiments import run
 from qtx.experiments.compare import compare
-from qtx.experiments.config import policy_from, quantization
+from qtx.experiments.config import base, policy_from, quantization, sweeping
+from qtx.experiments.plan import parse_axis, parse_range, parse_seeds
+from qtx.experiments.sweep import sweep
 from qtx.methods.calibrate import calibrate
 from qtx.nn import policy
 
@@ -99,6 +101,91 @@ def test_quantized_phase_without_quantization(tiny_config, tmp_path):
 def test_row_that_changes_an_unknown_field(tiny_config, tmp_path):
     tiny_config.rows = ({"name": "broken", "weight_bit": 4},)
     assert "'broken'" in (text := message(compare, tiny_config, tmp_path)) and "weight_bit" in text
+
+
+RATE = "phases.finetune.optimizer.learning_rate"
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({}, "nothing to sweep over"),
+        ({"grid": (("task", ()),)}, "'task' has no values"),
+        ({"grid": ("task",)}, "not a pair"),
+        ({"grid": (("task", "rte"),)}, "must be a tuple"),
+        ({"grid": (("tsk", ("rte", "mrpc")),)}, "'task'"),
+        ({"grid": (("data.seed", ("one", 2)),)}, "data.seed cannot be 'one'"),
+        ({"grid": (("seed", (1, 2)),)}, "sweep.seeds"),
+        ({"rows": ({"name": "a"}, {"name": "b", "start": "a", "changes": {"model.name": "x"}})}, "starts from 'a'"),
+        ({"grid": (("data.seed", (0, 0)),)}, "'seed=0/seed_1000'"),
+        ({"seeds": ()}, "at least one seed"),
+        ({"seeds": (1, 1)}, "'seed_1'"),
+        ({"rows": ({"name": "a", "changes": {"quant.weight_bit": 4}}, {"name": "b"})}, "'quant.weight_bits'"),
+        ({"rows": ({"name": "a", "change": {}}, {"name": "b"})}, "'changes'"),
+        ({"rows": ({"name": "a"}, {"changes": {}})}, "needs a name"),
+        ({"rows": ({"name": "a"}, {"name": "a"})}, "called 'a'"),
+        ({"rows": ({"name": "a b"}, {"name": "a_b"})}, "'a_b/seed_1000'"),
+        ({"rows": ({"name": "a"}, {"name": "b", "start": "aa"})}, "'aa'"),
+        ({"rows": ({"name": "a", "entry": "evaluate"}, {"name": "b", "start": "a"})}, "trains no model"),
+        ({"rows": ({"name": "a"}, {"name": "b", "entry": "trian"})}, "'train'"),
+        ({"rows": ({"name": "a"}, {"name": "b", "at": ("rte",)})}, "'rte'"),
+        ({"seeds": (1, 2), "columns": "task"}, "no axis"),
+        ({"sampler": "tpee", "ranges": ((RATE, 0.1, 1.0),)}, "'tpe'"),
+        ({"sampler": "tpe"}, "needs sweep.ranges"),
+        ({"ranges": ((RATE, 0.1, 1.0),)}, "sampler 'grid' draws nothing"),
+        ({"sampler": "tpe", "ranges": ((RATE, 1.0, 0.1),)}, "low below high"),
+        ({"sampler": "tpe", "ranges": ((RATE, 0.0, 0.1, "log"),)}, "positive"),
+        ({"sampler": "tpe", "ranges": ((RATE, ()),)}, "at least one value"),
+        ({"sampler": "tpe", "ranges": (("phases.finetune.rate", 0.1, 1.0),)}, "'phases.finetune.rate'"),
+    ],
+)
+def test_sweep_section(tmp_path, fields, named):
+    config = base()
+    config.sweep = sweeping(**fields)
+    assert named in message(sweep, config, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_sweep_without_a_section_or_with_an_unknown_field(tmp_path):
+    assert "section `sweep`" in message(sweep, base(), tmp_path)
+    assert "'seeds'" in message(sweeping, seed=(1, 2))
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:////no/such/directory/a.db", "nosuch://base", "postgresql://me:secret@host/base", "a.db"]
+)
+def test_storage_that_cannot_be_opened(tmp_path, url):
+    config = base()
+    config.sweep = sweeping(seeds=(1, 2))
+    text = message(sweep, config, tmp_path, storage=url)
+    assert "cannot be opened" in text and url.replace("secret", "***") in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"quant.overrides": "yy=16"}, "bad: unknown"),
+        ({"quant.weight_bits": 32, "quant.activation_bits": 32}, "bad: `quant` keeps everything in full precision"),
+        ({"recipe": ("qatt",)}, "'qat'"),
+    ],
+)
+def test_row_of_a_sweep_that_would_fail_after_the_training_of_another(tiny_config, tmp_path, changes, named):
+    bad = {"name": "bad", "start": "good", "changes": {"recipe": ("qat",), **changes}}
+    tiny_config.sweep = sweeping(rows=({"name": "good"}, bad))
+    assert named in message(sweep, tiny_config, tmp_path)
+    tiny_config.model.name = str(tmp_path / "nothing")
+    assert "good: no such checkpoint" in message(sweep, tiny_config, tmp_path)
+
+
+def test_sweep_of_trials_that_do_not_exist(tmp_path):
+    config = base()
+    config.sweep = sweeping(seeds=(1, 2))
+    assert "'seed_1'" in message(sweep, config, tmp_path, only=["seed1"])
+
+
+def test_sweep_on_the_command_line():
+    assert "FIELD=VALUE" in message(parse_axis, "task") and "FIELD=LOW:HIGH" in message(parse_range, "x=1")
+    assert "1000,1001" in message(parse_seeds, ["one"])
 
 
 def test_pattern_that_matches_nothing(tiny_checkpoint):

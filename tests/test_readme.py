@@ -33,8 +33,9 @@ def test_each_main_command_is_one_line(mark):
     assert len(block.strip().splitlines()) == 1
 
 
-def test_importing_brings_neither_torch_nor_tensorflow():
-    code = "import sys, qtx, qtx.experiments.run; print([m for m in ('torch', 'tensorflow') if m in sys.modules])"
+def test_importing_brings_neither_torch_nor_tensorflow_nor_optuna():
+    heavy = "('torch', 'tensorflow', 'optuna')"
+    code = f"import sys, qtx, qtx.experiments.run; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

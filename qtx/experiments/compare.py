@@ -1,7 +1,7 @@
 """Fine-tune once, quantize in several ways, one table: the quickstart and the results tables.
 
-Every row of `config.rows` has a name and the fields in which its `quant` section differs from the default. With
-`config.seeds` all of it is done once a seed, and the table shows means and spreads.
+Every row of `config.rows` has a name and the fields in which its `quant` section differs from the default. Several seeds
+or tasks are a sweep with the entry `compare` (`qtx.experiments.sweep`).
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from qtx import data, models
-from qtx.errors import UserError, near_misses
-from qtx.experiments.config import adaround_from, policy_from
+from qtx.errors import UserError
+from qtx.experiments.config import adaround_from, changed, policy_from
 from qtx.experiments.run import post_training_quantization, save_quantized, train_and_evaluate
 from qtx.experiments.setup import Experiment
 from qtx.files import write_text
 from qtx.nn.sites import check_policy
 from qtx.quant.policy import Policy
 from qtx.train import metrics
-from qtx.train.report import Table, check_config, plot_accuracy_against_size, save_config
+from qtx.train.report import Table, plot_accuracy_against_size
 
 
 def tfidf_predictions(dataset: data.Dataset) -> Any:
@@ -73,43 +72,24 @@ def row_sections(config: ConfigDict) -> dict[str, ConfigDict]:
         name = changes.pop("name", None)
         if not name or name in sections:
             raise UserError(f"every row needs a name of its own, not {name!r}")
-        section = config.quant.copy_and_resolve_references()
-        for field in changes:
-            if field not in section:
-                raise UserError(f"row {name!r}: `quant` has no field {field!r}{near_misses(field, section)}")
-        section.update(changes)
-        sections[name] = section
+        sections[name] = changed(config.quant, changes, f"row {name!r} of `quant`")
     return sections
 
 
-def compare(config: ConfigDict, workdir: str | Path) -> None:
+def compare(config: ConfigDict, workdir: str | Path) -> list[Row]:
     """Fine-tunes, quantizes by every row, and writes `table.md`, `table.csv`, `accuracy_size.png` and the models.
 
     Args:
-      config: with `rows`; see `configs/quickstart.py`. With `seeds`, everything is done for each of them in a directory
-        of its own; one that is finished is not done again.
+      config: with `rows`; see `configs/quickstart.py`.
       workdir: run directory.
+
+    Returns:
+      The lines of the table.
 
     Raises:
       UserError: on anything that does not fit, before training starts.
     """
-    if not config.get("seeds"):
-        return _compare_one(config, Path(workdir))
-    runs = []
-    for seed in config.seeds:
-        directory = Path(workdir) / f"seed_{seed}"
-        one = config.copy_and_resolve_references()
-        one.update(seed=seed, seeds=())
-        if not (directory / "rows.json").is_file():
-            _compare_one(one, directory)
-        check_config(one, directory)
-        runs.append(json.loads((directory / "rows.json").read_text()))
-    save_config(config, workdir)
-    return report_seeds(runs, config, Path(workdir))
-
-
-def _compare_one(config: ConfigDict, workdir: Path) -> None:
-    """Fine-tunes with one seed and quantizes by every row."""
+    workdir = Path(workdir)
     console = Console(stderr=True)
     sections = row_sections(config)
     num_layers = models.read_config(models.locate(config.model.name))[1].num_layers
@@ -147,6 +127,7 @@ def _compare_one(config: ConfigDict, workdir: Path) -> None:
         rows.append(Row(name, *bits, score, full - score, size, time.perf_counter() - clock))
         console.print(f"{name}: {score:.4f} ({full - score:+.4f} lost, {rows[-1].seconds:.0f} s)", highlight=False)
     report(rows, workdir, experiment)
+    return rows
 
 
 def _baseline(experiment: Experiment, full: float) -> Row:
@@ -183,37 +164,3 @@ def report(rows: list[Row], workdir: Path, experiment: Experiment) -> None:
     plot_accuracy_against_size(points, workdir / "accuracy_size.png", (rows[0].method, rows[0].score), ylabel=name)
     found = {"metric": name, "rows": [dataclasses.asdict(row) for row in rows]}
     write_text(workdir / "rows.json", json.dumps(found, indent=2))
-
-
-def report_seeds(runs: list[dict[str, Any]], config: ConfigDict, workdir: Path) -> None:
-    """Prints the table of several seeds, means and spreads, and writes it with its plot into the run directory."""
-    metric = runs[0]["metric"]
-    lines, points = [], []
-    for rows in zip(*(run["rows"] for run in runs), strict=True):
-        first, scores = rows[0], [row["score"] for row in rows]
-        size, mean = first["weight_bytes"], float(np.mean(scores))
-        bits = first["weight_bits"], first["activation_bits"]
-        lines.append(
-            [
-                first["method"],
-                *bits,
-                mean,
-                float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
-                ", ".join(f"{score:.4f}" for score in scores),
-                float(np.mean([row["drop"] for row in rows])),
-                size and size / 2**20,
-                float(np.mean([row["seconds"] for row in rows])),
-            ]
-        )
-        points.append((first["method"], size, mean))
-    table = Table(
-        ["method", "weight bits", "activation bits", metric, "std", "seeds", "drop", "MiB of weights", "seconds"],
-        lines,
-        formats={metric: ".4f", "std": ".4f", "drop": ".4f", "MiB of weights": ".2f", "seconds": ".1f"},
-        title=f"{config.task}, {config.model.name}, mean of the seeds {', '.join(map(str, config.seeds))}",
-    )
-    table.print()
-    table.save(workdir, "table")
-    baseline = points[0][0], points[0][2]
-    sizes = [point for point in points if point[1]]
-    plot_accuracy_against_size(sizes, workdir / "accuracy_size.png", baseline, ylabel=metric)

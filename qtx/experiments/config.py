@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -97,6 +99,14 @@ def phase(quantized: bool = False, learning_rate: float = 5e-5) -> ConfigDict:
     )
 
 
+def phases_of(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+    """Returns name and section of every phase of the recipe; raises a `UserError` on a phase that does not exist."""
+    for name in config.recipe:
+        if name not in config.phases:
+            raise UserError(f"the recipe names an unknown phase {name!r}{near_misses(name, config.phases)}")
+    return [(name, config.phases[name]) for name in config.recipe]
+
+
 def quantization() -> ConfigDict:
     """Returns the section that describes a policy: W8A8, everything per tensor."""
     return ConfigDict(
@@ -120,6 +130,67 @@ def quantization() -> ConfigDict:
             "weight_overrides": "",  # by short name or pattern: such as 'FFN=4, **/position/table=8, wC=fp32'
         }
     )
+
+
+def sweeping(**fields: Any) -> ConfigDict:
+    """Returns the section `sweep` of a config file, with some fields changed; `qtx.experiments.plan` reads it."""
+    section = ConfigDict(
+        {
+            "name": "sweep",  # of the study, in a storage that several sweeps share
+            "entry": "train",  # of rows that name none: 'train', 'quantize', 'evaluate' or 'compare'
+            "grid": (),  # axes: (field, values) or (name, {label: {field: value}}); the last one turns fastest
+            "rows": (),  # dicts: see `plan.Row`
+            "seeds": (1000,),
+            "sampler": "grid",  # 'random' or 'tpe': draw `samples` points from `ranges` for every row
+            "ranges": (),  # (field, low, high), (field, low, high, 'log') or (field, choices)
+            "samples": 20,
+            "maximize": True,  # the metric, in a search
+            "metric": "score",  # what the table shows
+            "columns": "",  # axis that runs along the top of the table
+            "mean": "mean",  # name of the column with the mean over those columns
+            "heartbeat": 60,  # seconds between signs of life; five times as long without one and a trial is given away
+            "keep_checkpoints": False,  # of trials that are done
+        }
+    )
+    return changed(section, fields, "sweep")
+
+
+def changed(config: ConfigDict, changes: Mapping[str, Any], what: str) -> ConfigDict:
+    """Returns a copy of a configuration in which some fields have other values.
+
+    Args:
+      config: a whole configuration, or a section.
+      changes: values by dotted name, such as `{"quant.weight_bits": 4}`; a mapping changes fields of a section.
+      what: is changed, for errors: `row 'W4A8'`.
+
+    Raises:
+      UserError: on a field that does not exist, or a value of the wrong type.
+    """
+    found = config.copy_and_resolve_references()
+    for name, value in changes.items():
+        section = found
+        *path, last = name.split(".")
+        for part in path:
+            section = section[part] if isinstance(section, ConfigDict) and part in section else None
+        if not isinstance(section, ConfigDict) or last not in section:
+            raise UserError(f"{what}: there is no field {name!r}{near_misses(name, _names(config))}")
+        try:
+            with section.unlocked():
+                if isinstance(section[last], ConfigDict):
+                    section[last].update(value)
+                else:
+                    section[last] = value
+        except (TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{what}: {name} cannot be {value!r} ({reason})") from None
+    return found
+
+
+def _names(config: ConfigDict, prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for name, value in config.items():
+        found += [prefix + name] + (_names(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [])
+    return found
 
 
 def parse_overrides(text: str, field: str = "quant.overrides") -> dict[str, Value]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +19,8 @@ import jax
 from ml_collections import ConfigDict
 
 from qtx import models
-from qtx.errors import UserError, near_misses
-from qtx.experiments.config import adaround_from, optimizer_from, policy_from
+from qtx.errors import UserError
+from qtx.experiments.config import adaround_from, optimizer_from, phases_of, policy_from
 from qtx.experiments.setup import Experiment, setup
 from qtx.export.packed import save_quantized
 from qtx.files import write_text
@@ -43,10 +44,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
     config = experiment.config
     recipe: list[Phase] = []
     policy: Policy | None = None
-    for name in config.recipe:
-        if name not in config.phases:
-            raise UserError(f"the recipe names an unknown phase {name!r}{near_misses(name, config.phases)}")
-        section = config.phases[name]
+    for name, section in phases_of(config):
         options: dict[str, Any] = dict(
             epochs=section.epochs,
             steps=section.steps,
@@ -212,7 +210,7 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
     Args:
       config: `model.name` is the trained checkpoint; `quant` and `calibration` say how.
-      workdir: receives `quantized/` (the packed artifact), `sites.txt` and the report.
+      workdir: receives `quantized/` (the packed artifact, unless `save_models` is off), `sites.txt` and the report.
 
     Returns:
       `{'full_precision', 'quantized', 'weight_bytes'}`.
@@ -239,6 +237,8 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     family, sizes = experiment.pretrained.family, experiment.pretrained.config
     directory = workdir / "quantized"
     size = save_quantized(directory, family, sizes, policy, quantized.params, quantized.ranges, experiment.tokenizer)
+    if not config.save_models:
+        shutil.rmtree(directory)  # written to be counted
     if quantized.rounding is not None:
         quantized.rounding.print()
         quantized.rounding.save(workdir, "rounding")

@@ -47,13 +47,24 @@ def _config_text(config: ml_collections.ConfigDict) -> str:
 
 def check_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> None:
     """Raises a `UserError` that names a difference if a run directory holds the config of another run."""
-    old = _flat(load_config(workdir).to_dict())
-    new = _flat(json.loads(_config_text(config)))
+    found = first_difference(load_config(workdir).to_dict(), config_record(config))
+    if found is not None:
+        name, old, new = found
+        raise UserError(f"{Path(workdir)} holds a run with {name}={old!r}, not {new!r}; use another workdir")
+
+
+def config_record(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns a config as `save_config` writes it: nested dicts of what JSON can say."""
+    return json.loads(_config_text(config))
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Returns (dotted name, old value, new value) of the first field that differs between two records, or None."""
+    old, new = _flat(old), _flat(new)
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
-            raise UserError(
-                f"{Path(workdir)} holds a run with {name}={old.get(name)!r}, not {new.get(name)!r}; use another workdir"
-            )
+            return name, old.get(name), new.get(name)
+    return None
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The entries behind the launchers, end to end, and every config file."""
 
-import csv
 import importlib.util
 import json
 from pathlib import Path
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 
 from qtx.errors import UserError
-from qtx.experiments import compare as comparison
 from qtx.experiments.compare import compare, tfidf_predictions
 from qtx.experiments.config import base, policy_from
 from qtx.experiments.run import evaluate, quantize, train_and_evaluate
@@ -20,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 ARGUMENTS = {
     "finetune": ["film_reviews", "bbc_news", "rte", "smoke"],
     "ptq": ["w8a8", "w8a8_mixed", "w8a8_peg", "w8a32", "w4a8", "w4a32", "ternary", "published", "smoke"],
+    "efficient_transformer_quantization": ["table1", "mixed", "peg", "main", "low_bit", "minilm", "smoke"],
     "qat": ["w8a8", "w4a8", "w4a32", "w4a8_e2", "ternary", "smoke"],
     "quickstart": ["full", "smoke"],
     "results": ["rte", "mrpc"],
@@ -126,9 +125,10 @@ def test_compare_leaves_table_plot_and_models(tiny_config, tmp_path):
     config.data.limit_train = config.data.limit_eval = 0
     config.phases.finetune.trainable = ("**",)
     config.rows = ({"name": "W8A8"}, {"name": "ternary", "weight_scheme": "ternary", "activation_bits": 32})
-    compare(config, tmp_path)
+    returned = compare(config, tmp_path)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["TF-IDF baseline", "full precision", "W8A8", "ternary"]
+    assert [row.score for row in returned] == [row["score"] for row in rows]
     assert [row["weight_bits"] for row in rows[2:]] == ["8", "1.58"]
     assert rows[3]["weight_bytes"] < rows[2]["weight_bytes"] < rows[1]["weight_bytes"]
     table = (tmp_path / "table.md").read_text()
@@ -137,32 +137,6 @@ def test_compare_leaves_table_plot_and_models(tiny_config, tmp_path):
         assert (tmp_path / name).stat().st_size > 0
     for name in ("W8A8", "ternary"):
         assert (tmp_path / "quantized" / name / "model.qtx.safetensors").is_file()
-
-
-def test_compare_over_seeds_does_what_is_left_and_averages(tiny_config, tmp_path, monkeypatch):
-    config = on_tiny(get_config("quickstart", "smoke"), tiny_config)
-    config.rows = ({"name": "W8A32", "activation_bits": 32},)
-    config.phases.finetune.trainable = ("**",)
-    config.seeds = (5,)
-    compare(config, tmp_path)
-    config.seeds = (5, 6)
-    started = []
-    monkeypatch.setattr(
-        comparison, "train_and_evaluate", lambda c, w: started.append(c.seed) or train_and_evaluate(c, w)
-    )
-    compare(config, tmp_path)
-    assert started == [6]
-    runs = [json.loads((tmp_path / f"seed_{seed}" / "rows.json").read_text())["rows"] for seed in (5, 6)]
-    with open(tmp_path / "table.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    for row, five, six in zip(table, *runs, strict=True):
-        assert row["method"] == five["method"] == six["method"]
-        np.testing.assert_allclose(float(row["accuracy"]), (five["score"] + six["score"]) / 2)
-        np.testing.assert_allclose(float(row["std"]), abs(five["score"] - six["score"]) / 2**0.5, atol=1e-12)
-
-    config.phases.finetune.steps = 3
-    with pytest.raises(UserError, match="phases.finetune.steps=2, not 3"):
-        compare(config, tmp_path)
 
 
 def test_a_directory_with_another_run_is_not_resumed(tiny_config, tmp_path):
