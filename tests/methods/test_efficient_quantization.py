@@ -205,7 +205,7 @@ def test_all_layers_of_a_large_model_are_covered():
 
 def test_a_policy_for_more_layers_than_the_model_has_is_refused():
     with pytest.raises(UserError, match="matches no site"):
-        check_policy(policy_of(W, A, num_layers=3), sites())
+        check_policy(policy_of(W, A, {"y": 16}, num_layers=3), sites())
 
 
 def test_groups_on_scores_are_refused_by_the_model():
