@@ -85,6 +85,15 @@ def test_plain_is_everything():
     assert {PLAIN[name] for name, info in sites().items() if info.kind == "weight"} == {W}
 
 
+def test_rules_are_written_only_for_what_differs():
+    def patterns(*args, **options):
+        return [rule.pattern for rule in policy_of(W, A, *args, num_layers=2, **options).activations]
+
+    assert patterns() == ["**"]
+    assert patterns({"y1": 16}) == ["**", "encoder/layer_1/ffn/residual"]
+    assert patterns({"C": 16}, setup="FP_logits") == ["**", "classifier/output"]
+
+
 def test_weights_or_activations_alone():
     assert {sites()[name].kind for name in of(activations=None)} == {"weight"}
     assert {sites()[name].kind for name in of(weights=None)} == {"activation"}

@@ -1,17 +1,13 @@
-"""SqueezeBERT against the published one, and what grouped layers mean for grids."""
+"""SqueezeBERT against the published one, and its sites."""
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from qtx import models, quant
 from qtx.errors import UserError
 from qtx.models import squeezebert
 from qtx.nn import BertConfig, check_policy, policy
-from qtx.nn.layers import Dense
 from qtx.nn.squeezebert import SqueezeBertConfig
 from tests.models.hf import write_checkpoint
 from tests.nn import published
@@ -82,38 +78,7 @@ def test_short_names():
     }
 
 
-# Grouped layers
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_a_grouped_layer_is_a_block_diagonal_one(groups):
-    rng = np.random.default_rng(0)
-    x, kernel, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 8), (8 // groups, 12), (12,)))
-    dense = np.zeros((8, 12), np.float32)
-    for g in range(groups):
-        rows, columns = slice(8 // groups * g, 8 // groups * (g + 1)), slice(12 // groups * g, 12 // groups * (g + 1))
-        dense[rows, columns] = kernel[:, columns]
-    got = Dense(12, groups=groups).apply({"params": {"kernel": kernel, "bias": bias}}, x)
-    np.testing.assert_allclose(got, x @ dense + bias, atol=1e-5)
-
-
-def test_per_channel_means_outputs():
-    """A huge output channel takes nothing from the precision of the others, whatever its group."""
-    rng = np.random.default_rng(1)
-    kernel = rng.standard_normal((4, 8)).astype(np.float32)
-    kernel[:, 3] *= 1000
-    model = Dense(8, groups=2, policy=policy(quant.symmetric(8, quant.per_channel(), range="dynamic")))
-    x = jnp.eye(8)
-    params = {"params": {"kernel": kernel, "bias": np.zeros(8)}}
-    error = np.abs(model.apply(params, x) - Dense(8, groups=2).apply(params, x))
-    steps = np.abs(kernel).max(0) / 127
-    assert np.all(error.max(0) <= 0.5001 * steps) and np.all(error.max(0) > 0)
-
-
-@pytest.mark.parametrize(("groups", "width", "features"), [(3, 8, 12), (8, 8, 12), (0, 8, 8)])
-def test_groups_that_do_not_divide(groups, width, features):
-    with pytest.raises(UserError, match=f"{groups} groups do not divide both widths, {width} and {features}"):
-        jax.eval_shape(Dense(features, groups=groups).init, jax.random.key(0), jnp.zeros((1, width)))
+# Errors
 
 
 @pytest.mark.parametrize(
