@@ -82,6 +82,8 @@ def test_unknown_phase(tiny_config, tmp_path):
         ("overrides", "y=sixteen", "'sixteen'"),
         ("overrides", "y7=16", "layer 7"),
         ("overrides", "p=ng4", "no feature axis"),
+        ("overrides", "**/residual=16", "is a pattern"),
+        ("overrides", "res_output_bottleneck=16", "matches no site"),
     ],
 )
 def test_quantization_section(tiny_config, tmp_path, field, value, named):
@@ -209,6 +211,25 @@ def test_checkpoint_of_another_architecture(tiny_config, checkpoint, tmp_path):
     (checkpoint / "config.json").write_text(json.dumps(config))
     tiny_config.model.name = str(checkpoint)
     assert "'gpt2'" in (text := train(tiny_config, tmp_path)) and "bert" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "mobilebert", "normalization_type": "nonorm"}, "'no_norm'"),
+        ({"model_type": "mobilebert", "num_feedforward_networks": 0}, "num_feedforward_networks"),
+        ({"model_type": "mobilebert", "intra_bottleneck_size": 15}, "2 heads do not divide the width 15"),
+        ({"model_type": "mobilebert", "key_query_shared_bottleneck": False}, "key_query_shared_bottleneck"),
+        ({"model_type": "squeezebert", "k_groups": 3}, "k_groups 3 does not divide the width 16"),
+        ({"model_type": "squeezebert", "num_attention_heads": 3}, "3 heads do not divide the width 16"),
+        ({"model_type": "squeezebert", "embedding_size": 8}, "embedding_size 8"),
+    ],
+)
+def test_sizes_that_a_family_does_not_have(tiny_config, checkpoint, tmp_path, change, named):
+    config = json.loads((checkpoint / "config.json").read_text()) | change
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    tiny_config.model.name = str(checkpoint)
+    assert named in train(tiny_config, tmp_path)
 
 
 def damage(checkpoint, change):

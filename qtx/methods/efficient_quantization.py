@@ -13,14 +13,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 from qtx.errors import UserError
-from qtx.nn.aliases import expand, policy
-from qtx.quant.policy import Kind, Policy
+from qtx.nn.aliases import ALIASES, expand, policy
+from qtx.quant.policy import Kind, Policy, Rule, matches
 from qtx.quant.spec import Granularity, Search, Spec, per_embedding, per_group
 
 Value = int | str | None
-
-_IN_LAYER = "qkvspcguxihyz"
-_WITH_FEATURE_AXIS = "qkvcguxhyz"  # what the global per-embedding options apply to
 
 
 def with_value(spec: Spec, value: Value) -> Spec | None:
@@ -58,13 +55,16 @@ def policy_of(
 ) -> Policy:
     """Builds the policy of one published configuration (reference, sections 6.2 to 6.4).
 
+    One rule holds for everything; further ones are written only for what differs, so the policy fits every family.
+
     Args:
       weights: spec of all weights, or None.
       activations: spec of all activations, or None.
       quant_dict: short name to value (`with_value`); `{'y': 16, 'h': 16, 'x': 16}` is the paper's mixed precision.
       num_layers: of the model.
       setup: logits like all activations, in full precision, or with a range by bounded search.
-      everywhere: granularity of every activation that has a feature axis (the options per-embedding and per-groups).
+      everywhere: granularity of the encoder's activations but scores, probabilities and those within the FFN (the options
+        per-embedding, which is for the pooler too, and per-groups).
       order: which of several keys for one site wins: the most specific one, or as published (`L` over everything,
         a global key over an indexed one).
 
@@ -79,48 +79,51 @@ def policy_of(
     for key, value in quant_dict.items():
         with_value((weights if _kind(key) == "weight" else activations) or Spec(), value)
 
-    names = ["e"] + [f"{letter}{i}" for i in range(num_layers) for letter in _IN_LAYER] + ["P", "C"]
-    specs: dict[str, Spec | None] = {name: activations for name in names}
-    specs["norm"] = activations
+    places = {key: _places(key, num_layers) for key in quant_dict if _kind(key) == "activation"}
+
+    rules: dict[str, Rule] = {}  # by pattern
+
+    def put(name: str, spec: Spec | None) -> None:
+        rules.update({pattern: Rule(pattern, spec, name) for pattern in expand("activation", name)})
+
     if activations is not None:
+        put("**", activations)
         if everywhere is not None:
-            for name in specs:
-                if name in ("e", "norm") or (name[0] in _WITH_FEATURE_AXIS and name not in ("P", "C")):
-                    specs[name] = dataclasses.replace(activations, granularity=everywhere)
-            if everywhere == per_embedding():
-                specs["P"] = dataclasses.replace(activations, granularity=everywhere)
+            most = "**" if everywhere == per_embedding() else "encoder/**"
+            put(most, dataclasses.replace(activations, granularity=everywhere))
+            for name in (place for key in "spiC" for place in _places(key, num_layers)):
+                put(name, activations)
         if setup == "MSE_logits":
-            specs["C"] = dataclasses.replace(activations, estimator=_bounded(activations))
+            put("C", dataclasses.replace(activations, estimator=_bounded(activations)))
+        for key in sorted(places, key=lambda key: _rank(key, order)):
+            for name in places[key]:
+                for pattern in expand("activation", name):
+                    above = max((r for r in rules.values() if matches(r.pattern, pattern)), key=lambda r: r.specificity)
+                    rules.setdefault(pattern, Rule(pattern, above.spec, name))
+                    for rule in [rule for rule in rules.values() if matches(pattern, rule.pattern)]:
+                        changed = with_value(rule.spec or activations, quant_dict[key])
+                        rules[rule.pattern] = dataclasses.replace(rule, spec=changed)
+        if setup == "FP_logits":
+            put("C", None)
 
-    for key in sorted(quant_dict, key=lambda key: _rank(key, order)):
-        value = quant_dict[key]
-        if _kind(key) == "weight":
-            continue
-        letter, number = re.fullmatch(r"([A-Za-z]+)(\d*)", key).groups()  # type: ignore[union-attr]
-        if number and int(number) >= num_layers:
-            raise UserError(f"{key!r} names layer {number}, but the model has layers 0 to {num_layers - 1}")
-        for name in specs:
-            found = re.fullmatch(r"([A-Za-z]+?)(\d*)", name)
-            assert found is not None
-            in_layer = found[2] != ""
-            if (found[1] == letter or (letter == "L" and in_layer)) and number in ("", found[2]):
-                specs[name] = None if activations is None else with_value(specs[name] or activations, value)
-    if setup == "FP_logits":
-        specs["C"] = None
-
-    rules: dict[str, Spec | None] = {}
-    for name, spec in specs.items():
-        patterns = ("encoder/embeddings/norm/output",) if name == "norm" else expand("activation", name)
-        rules |= {pattern: spec for pattern in patterns}
     weight_rules: dict[str, Spec | None] = {"**": weights}
     if weights is not None:
         for key in ("Et", "wP", "wC"):
             if key in quant_dict:
                 base = dataclasses.replace(weights, estimator=_bounded(weights)) if key == "Et" else weights
                 weight_rules[key] = with_value(base, quant_dict[key])
-    return policy(
-        weights=weight_rules if weights is not None else None, activations=rules if activations is not None else None
-    )
+    found = policy(weights=weight_rules if weights is not None else None)
+    return dataclasses.replace(found, activations=tuple(rules.values()))
+
+
+def _places(key: str, num_layers: int) -> list[str]:
+    """Writes a key for all layers as one key a layer: `y` as `y0`, `y1` ..."""
+    if key[-1].isdigit() or "{i}" not in ALIASES["activation"][key][0]:
+        number = re.sub("[A-Za-z_]+", "", key)
+        if number and int(number) >= num_layers:
+            raise UserError(f"{key!r} names layer {number}, but the model has layers 0 to {num_layers - 1}")
+        return [key]
+    return [f"{key}{i}" for i in range(num_layers)]
 
 
 def _bounded(spec: Spec) -> Search:
@@ -130,7 +133,8 @@ def _bounded(spec: Spec) -> Search:
 def _kind(key: str) -> Kind:
     if key in ("Et", "wP", "wC"):
         return "weight"
-    expand("activation", key)
+    if expand("activation", key) == (key,):
+        raise UserError(f"{key!r} is a pattern; quantization dictionaries have short names alone, such as 'y' or 'y11'")
     return "activation"
 
 

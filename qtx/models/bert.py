@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from qtx.errors import UserError, near_misses
 from qtx.nn.bert import ACTIVATIONS, BertConfig
@@ -54,16 +55,29 @@ _FIELDS = {
     "attention_probs_dropout_prob": "attention_dropout",
     "initializer_range": "initializer_range",
     "pad_token_id": "pad_token_id",
+    "classifier_dropout": "classifier_dropout",
 }
 
+Config = TypeVar("Config", bound=BertConfig)
 
-def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
+
+def _fields(kind: type[BertConfig]) -> dict[str, str]:
+    """Hugging Face keys with their fields; what a family adds to BERT's has the same name on both sides."""
+    common = {field.name for field in dataclasses.fields(BertConfig)}
+    return _FIELDS | {field.name: field.name for field in dataclasses.fields(kind) if field.name not in common}
+
+
+def config_from_hf(hf: Mapping[str, Any], kind: type[Config] = BertConfig) -> Config:  # type: ignore[assignment]
     """Reads the keys of a Hugging Face `config.json`; keys of qtx's own stand under `qtx`.
+
+    Args:
+      hf: content of the file.
+      kind: configuration of a family with BERT's fields and further ones.
 
     Raises:
       UserError: on an activation function or position embedding that qtx does not have.
     """
-    act = hf.get("hidden_act", "gelu")
+    act = hf.get("hidden_act", kind.hidden_act)
     if act not in ACTIVATIONS:
         raise UserError(f"config.json: hidden_act {act!r} is not supported{near_misses(act, ACTIVATIONS)}")
     position = hf.get("position_embedding_type", "absolute")
@@ -73,14 +87,13 @@ def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
     if own.get("logit_range") is not None:
         own["logit_range"] = tuple(own["logit_range"])
     labels = len(hf["id2label"]) if "id2label" in hf else hf.get("num_labels", 2)
-    return BertConfig(
-        **{ours: hf[theirs] for theirs, ours in _FIELDS.items() if theirs in hf}, num_labels=labels, **own
-    )
+    given = {ours: hf[theirs] for theirs, ours in _fields(kind).items() if theirs in hf}
+    return kind(**given, num_labels=labels, **own)
 
 
 def config_to_hf(config: BertConfig) -> dict[str, Any]:
     """Returns the content of a `config.json` that `transformers` reads."""
-    hf = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
+    hf = {theirs: getattr(config, ours) for theirs, ours in _fields(type(config)).items()}
     hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
     hf["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
     if config.num_labels == 1:

@@ -220,7 +220,7 @@ def to_hf_tensors(family: Family, config: BertConfig, params: Mapping[str, Any])
         module, _, leaf = path.rpartition("/")
         array = np.asarray(value, np.float32)
         tensors[f"{back[module]}.{leaves[leaf]}"] = np.ascontiguousarray(
-            family.kernel_to_hf(array) if leaf == "kernel" else array
+            family.kernel_to_hf(path, array) if leaf == "kernel" else array
         )
     return tensors
 

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qtx.errors import UserError, near_misses
-from qtx.models import bert
+from qtx.models import bert, mobilebert, squeezebert
 from qtx.nn.bert import BertClassifier, BertConfig
+from qtx.nn.mobilebert import MobileBertClassifier
+from qtx.nn.squeezebert import SqueezeBertClassifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,21 +32,21 @@ class Family:
       prefix: what Hugging Face puts before the encoder's tensors in a model with a head.
       fresh: qtx paths that may be missing from a checkpoint and are then initialised.
       ignored: prefixes of tensors of other heads, left out when a checkpoint is read.
-      kernel_from_hf: a weight of a linear layer in the layout of qtx, `[in, out]`.
-      kernel_to_hf: back.
+      kernel_from_hf: a weight of a linear layer, `[out, in]`, in the layout of qtx, `[in, out]`.
+      kernel_to_hf: back, for the parameter of this qtx path.
     """
 
     name: str
     architecture: str
     module: type[nn.Module]
     config_from_hf: Callable[[Mapping[str, Any]], BertConfig]
-    config_to_hf: Callable[[BertConfig], dict[str, Any]]
-    modules: Callable[[BertConfig], Mapping[str, str]]
+    config_to_hf: Callable[[Any], dict[str, Any]]
+    modules: Callable[[Any], Mapping[str, str]]
     prefix: str
     fresh: tuple[str, ...]
     ignored: tuple[str, ...]
     kernel_from_hf: Callable[[np.ndarray], np.ndarray] = np.transpose
-    kernel_to_hf: Callable[[np.ndarray], np.ndarray] = np.transpose
+    kernel_to_hf: Callable[[str, np.ndarray], np.ndarray] = lambda path, kernel: kernel.T
 
 
 FAMILIES: dict[str, Family] = {
@@ -58,6 +60,30 @@ FAMILIES: dict[str, Family] = {
         prefix="bert.",
         fresh=("pooler/dense", "classifier"),
         ignored=("cls.", "bert.embeddings.position_ids"),
+    ),
+    "mobilebert": Family(
+        name="mobilebert",
+        architecture="MobileBertForSequenceClassification",
+        module=MobileBertClassifier,
+        config_from_hf=mobilebert.config_from_hf,
+        config_to_hf=bert.config_to_hf,
+        modules=mobilebert.modules,
+        prefix="mobilebert.",
+        fresh=("pooler/dense", "classifier"),
+        ignored=("cls.", "mobilebert.embeddings.position_ids"),
+    ),
+    "squeezebert": Family(
+        name="squeezebert",
+        architecture="SqueezeBertForSequenceClassification",
+        module=SqueezeBertClassifier,
+        config_from_hf=squeezebert.config_from_hf,
+        config_to_hf=squeezebert.config_to_hf,
+        modules=squeezebert.modules,
+        prefix="transformer.",
+        fresh=("pooler/dense", "classifier"),
+        ignored=("cls.", "transformer.embeddings.position_ids"),
+        kernel_from_hf=squeezebert.kernel_from_hf,
+        kernel_to_hf=squeezebert.kernel_to_hf,
     ),
 }
 

@@ -1,7 +1,9 @@
 """Short names for the sites of a transformer encoder, and `policy`, which builds a `Policy` from them.
 
 The one-letter names are those of Bondarenko et al. 2021 (e s p c g u x h y z P C, Et, wP, wC); a number after the name
-picks one layer (`y11`). The block names (MHA, FFN, CLS ...) are those of pattern studies on weights.
+picks one layer (`y11`). The long names (`attn_scores`) are the keys that they published for MobileBERT. The block names (MHA,
+FFN, CLS ...) are those of pattern studies on weights. A name reaches what a model has of its sites; it is an error if
+that is nothing.
 """
 
 from __future__ import annotations
@@ -28,20 +30,29 @@ ALIASES: dict[Kind, dict[str, tuple[str, ...]]] = {
         "g": (_LAYER + "attention/out/output",),
         "u": (_LAYER + "attention/residual",),
         "x": (_LAYER + "attention/norm/output",),
-        "i": (_LAYER + "ffn/up/output",),
+        "i": (_LAYER + "ffn*/up/output",),
         "h": (_LAYER + "ffn/down/output",),
         "y": (_LAYER + "ffn/residual",),
         "z": (_LAYER + "ffn/norm/output",),
         "L": (_LAYER + "**",),
         "P": ("pooler/dense/output",),
         "C": ("classifier/output",),
+        "sum_input_pos_embd": ("encoder/embeddings/sum_position",),
+        "sum_token_type_embd": ("encoder/embeddings/sum_token_type",),
+        "attn_scores": (_LAYER + "attention/scores",),
+        "attn_probs": (_LAYER + "attention/probs",),
+        "attn_output": (_LAYER + "attention/context",),
+        "res_self_output": (_LAYER + "attention/residual",),
+        "res_ffn_output": (_LAYER + "ffn_*/residual",),
+        "res_output": (_LAYER + "ffn/residual",),
+        "res_output_bottleneck": (_LAYER + "bottleneck_out/residual",),
     },
     "weight": {
         "Et": ("encoder/embeddings/word/table",),
         "wP": ("pooler/dense/kernel",),
         "wC": ("classifier/kernel",),
         "MHA": (_LAYER + "attention/*/kernel",),
-        "FFN": (_LAYER + "ffn/*/kernel",),
+        "FFN": (_LAYER + "ffn*/*/kernel",),
         "CLS": ("pooler/dense/kernel", "classifier/kernel"),
         "QK": (_LAYER + "attention/query/kernel", _LAYER + "attention/key/kernel"),
         "QV": (_LAYER + "attention/query/kernel", _LAYER + "attention/value/kernel"),
@@ -55,7 +66,7 @@ def expand(kind: Kind, name: str) -> tuple[str, ...]:
     """Returns the patterns that a short name stands for; anything with `/` or `*` is already a pattern."""
     if "/" in name or "*" in name:
         return (name,)
-    found = re.fullmatch(r"([A-Za-z]+)(\d+)?", name)
+    found = re.fullmatch(r"([A-Za-z_]+)(\d+)?", name)
     table = ALIASES[kind]
     if not found or found[1] not in table or (found[2] and "{i}" not in table[found[1]][0]):
         raise UserError(

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -49,6 +49,7 @@ class BertConfig:
     Attributes:
       pooling: what the head sees: `'cls'` (first token, dense, tanh) or `'mean'` (mean of the tokens, dense, tanh).
       logit_range: the logits are clamped to this range (regression of published quantized models: 0 to 5), or None.
+      classifier_dropout: rate before the head; None: `hidden_dropout`.
     """
 
     vocab_size: int = 30522
@@ -67,6 +68,7 @@ class BertConfig:
     num_labels: int = 2
     pooling: Literal["cls", "mean"] = "cls"
     logit_range: tuple[float, float] | None = None
+    classifier_dropout: float | None = None
 
 
 class Outputs(NamedTuple):
@@ -83,25 +85,31 @@ class Outputs(NamedTuple):
     hidden_states: tuple[jax.Array, ...]
 
 
-class _Block(nn.Module):
-    """Fields that all parts of the model share."""
+Part = TypeVar("Part", bound="Block")
+
+
+class Block(nn.Module):
+    """Fields and layers that all parts of a model share. Other families of encoders derive theirs from it."""
 
     config: BertConfig
     dtype: jnp.dtype = jnp.float32
     policy: Policy | None = None
 
-    def dense(self, features: int, name: str, activation=None) -> Dense:
+    def dense(self, features: int, name: str, activation=None, groups: int = 1) -> Dense:
         init = nn.initializers.normal(self.config.initializer_range)
-        return Dense(features, activation, init, self.dtype, self.policy, name=name)
+        return Dense(features, activation, init, self.dtype, self.policy, groups, name=name)
 
-    def norm(self, name: str = "norm") -> LayerNorm:
-        return LayerNorm(self.config.layer_norm_eps, self.dtype, self.policy, name=name)
+    def norm(self) -> nn.Module:
+        return LayerNorm(self.config.layer_norm_eps, self.dtype, self.policy, name="norm")
+
+    def part(self, kind: type[Part], name: str) -> Part:
+        return kind(self.config, self.dtype, self.policy, name=name)
 
     def dropout(self, x: jax.Array, deterministic: bool, rate: float | None = None) -> jax.Array:
         return dropout(self, x, self.config.hidden_dropout if rate is None else rate, deterministic)
 
 
-class Embeddings(_Block):
+class Embeddings(Block):
     """Word, token-type and position embeddings, summed and normalised."""
 
     @nn.compact
@@ -120,33 +128,48 @@ class Embeddings(_Block):
         return self.dropout(self.norm()(x, where), deterministic)
 
 
-class Attention(_Block):
+def attend(block: Block, query, key, value, mask: jax.Array, where: jax.Array, deterministic: bool) -> jax.Array:
+    """Multi-head attention, whose sites `scores`, `probs` and `context` are in the module `block`.
+
+    Args:
+      block: the module.
+      query: `[B, T, D]`.
+      key: `[B, T, D]`.
+      value: `[B, T, D]`.
+      mask: bool `[B, T]`, true for tokens.
+      where: `[B, T, 1]`, the same.
+      deterministic: False: dropout of the probabilities.
+
+    Returns:
+      The context, heads merged, `[B, T, D]`.
+    """
+    c = block.config
+    shape, width = query.shape, query.shape[-1] // c.num_heads
+    query, key, value = (x.reshape(*shape[:2], c.num_heads, width) for x in (query, key, value))
+    pairs = mask[:, None, :, None] & mask[:, None, None, :]
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+    scores = site(block, "scores", scores, where=pairs, features=False)
+    bias = jnp.where(mask, 0.0, MASKED)[:, None, None, :]
+    probs = nn.softmax(scores.astype(jnp.float32) / width**0.5 + bias).astype(block.dtype)
+    probs = site(block, "probs", probs, where=pairs, features=False)
+    probs = block.dropout(probs, deterministic, c.attention_dropout)
+    context = jnp.einsum("bhqk,bkhd->bqhd", probs, value).reshape(shape)
+    return site(block, "context", context, where=where)
+
+
+class Attention(Block):
     """Multi-head self-attention with its residual and LayerNorm."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, where: jax.Array, deterministic: bool) -> jax.Array:
         """Maps `[B, T, D]` to `[B, T, D]`; `mask` is bool `[B, T]`, `where` is `[B, T, 1]`."""
-        c = self.config
-        heads, width = c.num_heads, c.hidden_size // c.num_heads
-
-        def project(name: str) -> jax.Array:
-            return self.dense(c.hidden_size, name)(x, where).reshape(*x.shape[:2], heads, width)
-
-        query, key, value = project("query"), project("key"), project("value")
-        pairs = mask[:, None, :, None] & mask[:, None, None, :]
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
-        scores = site(self, "scores", scores, where=pairs, features=False)
-        bias = jnp.where(mask, 0.0, MASKED)[:, None, None, :]
-        probs = nn.softmax(scores.astype(jnp.float32) / width**0.5 + bias).astype(self.dtype)
-        probs = site(self, "probs", probs, where=pairs, features=False)
-        probs = self.dropout(probs, deterministic, c.attention_dropout)
-        context = jnp.einsum("bhqk,bkhd->bqhd", probs, value).reshape(x.shape)
-        context = site(self, "context", context, where=where)
-        y = self.dropout(self.dense(c.hidden_size, "out")(context, where), deterministic)
+        query, key, value = (self.dense(x.shape[-1], name)(x, where) for name in ("query", "key", "value"))
+        context = attend(self, query, key, value, mask, where, deterministic)
+        y = self.dropout(self.dense(x.shape[-1], "out")(context, where), deterministic)
         return self.norm()(site(self, "residual", y + x, where=where), where)
 
 
-class FeedForward(_Block):
+class FeedForward(Block):
     """The two-layer perceptron with its residual and LayerNorm."""
 
     @nn.compact
@@ -154,54 +177,64 @@ class FeedForward(_Block):
         """Maps `[B, T, D]` to `[B, T, D]`."""
         c = self.config
         y = self.dense(c.intermediate_size, "up", ACTIVATIONS[c.hidden_act])(x, where)
-        y = self.dropout(self.dense(c.hidden_size, "down")(y, where), deterministic)
+        y = self.dropout(self.dense(x.shape[-1], "down")(y, where), deterministic)
         return self.norm()(site(self, "residual", y + x, where=where), where)
 
 
-class Layer(_Block):
+class Layer(Block):
     """One encoder layer."""
+
+    attention_type: ClassVar[type[Block]] = Attention
+    feed_forward_type: ClassVar[type[Block]] = FeedForward
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, where: jax.Array, deterministic: bool) -> jax.Array:
         """Maps `[B, T, D]` to `[B, T, D]`."""
-        x = Attention(self.config, self.dtype, self.policy, name="attention")(x, mask, where, deterministic)
-        return FeedForward(self.config, self.dtype, self.policy, name="ffn")(x, where, deterministic)
+        x = self.part(self.attention_type, "attention")(x, mask, where, deterministic)
+        return self.part(self.feed_forward_type, "ffn")(x, where, deterministic)
 
 
-class Encoder(_Block):
+class Encoder(Block):
     """Embeddings and all layers; layers are unrolled so that each can have its own bits."""
+
+    embeddings_type: ClassVar[type[Block]] = Embeddings
+    layer_type: ClassVar[type[Block]] = Layer
 
     @nn.compact
     def __call__(self, input_ids, attention_mask, token_type_ids, deterministic: bool = True) -> tuple[jax.Array, ...]:
         """Maps `[B, T]` ids to the embeddings and every layer's output, each `[B, T, D]`."""
         mask = attention_mask > 0
         where = mask[:, :, None]
-        x = Embeddings(self.config, self.dtype, self.policy, name="embeddings")(
-            input_ids, token_type_ids, where, deterministic
-        )
+        x = self.part(self.embeddings_type, "embeddings")(input_ids, token_type_ids, where, deterministic)
         states = [x]
         for i in range(self.config.num_layers):
-            x = Layer(self.config, self.dtype, self.policy, name=f"layer_{i}")(x, mask, where, deterministic)
+            x = self.part(self.layer_type, f"layer_{i}")(x, mask, where, deterministic)
             states.append(x)
         return tuple(states)
 
 
-class Pooler(_Block):
+class Pooler(Block):
     """One vector per sequence."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Maps `[B, T, D]` and a bool mask `[B, T]` to `[B, D]`."""
-        if self.config.pooling == "mean":
-            weight = mask[:, :, None].astype(x.dtype)
-            x = jnp.sum(x * weight, 1) / jnp.maximum(jnp.sum(weight, 1), 1)
-        else:
-            x = x[:, 0]
+        x = self.pool(x, mask)
         return self.dense(self.config.hidden_size, "dense", jnp.tanh)(x, jnp.any(mask, 1)[:, None])
 
+    def pool(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Returns the first token or the mean of the tokens, `[B, D]`."""
+        if self.config.pooling == "cls":
+            return x[:, 0]
+        weight = mask[:, :, None].astype(x.dtype)
+        return jnp.sum(x * weight, 1) / jnp.maximum(jnp.sum(weight, 1), 1)
 
-class BertClassifier(_Block):
+
+class BertClassifier(Block):
     """BERT with a pooler and a linear head for sequence classification or regression (one label)."""
+
+    encoder_type: ClassVar[type[Block]] = Encoder
+    pooler_type: ClassVar[type[Block]] = Pooler
 
     @nn.compact
     def __call__(self, input_ids, attention_mask, token_type_ids, deterministic: bool = True) -> Outputs:
@@ -213,12 +246,10 @@ class BertClassifier(_Block):
           token_type_ids: int `[B, T]`.
           deterministic: False for training with dropout (needs the rng `dropout`).
         """
-        states = Encoder(self.config, self.dtype, self.policy, name="encoder")(
-            input_ids, attention_mask, token_type_ids, deterministic
-        )
+        states = self.part(self.encoder_type, "encoder")(input_ids, attention_mask, token_type_ids, deterministic)
         mask = attention_mask > 0
-        pooled = Pooler(self.config, self.dtype, self.policy, name="pooler")(states[-1], mask)
-        x = self.dropout(pooled, deterministic)
+        pooled = self.part(self.pooler_type, "pooler")(states[-1], mask)
+        x = self.dropout(pooled, deterministic, self.config.classifier_dropout)
         logits = self.dense(self.config.num_labels, "classifier")(x, jnp.any(mask, 1)[:, None]).astype(jnp.float32)
         if self.config.logit_range is not None:
             logits = clip_ste(logits, *self.config.logit_range)

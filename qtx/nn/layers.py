@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qtx.errors import UserError
 from qtx.nn.sites import site
 from qtx.quant.policy import Policy
 
@@ -40,12 +41,16 @@ def dropout(module: nn.Module, x: jax.Array, rate: float, deterministic: bool) -
 class Dense(nn.Module):
     """`activation(x W + b)`. Sites: `kernel`, `input`, `output` (after the activation).
 
+    With `groups` G the k-th G-th of the outputs sees the k-th G-th of the inputs alone, as in a grouped convolution of
+    width 1. The columns of the kernel are the outputs all the same, so per-channel grids mean the same.
+
     Attributes:
       features: output width.
       activation: applied before the output site.
-      kernel_init: initializer of the `[in, features]` kernel.
+      kernel_init: initializer of the `[in / groups, features]` kernel.
       dtype: of the arithmetic.
       policy: see `qtx.nn.sites`.
+      groups: must divide both widths.
     """
 
     features: int
@@ -53,15 +58,27 @@ class Dense(nn.Module):
     kernel_init: Initializer = nn.initializers.normal(0.02)
     dtype: jnp.dtype = jnp.float32
     policy: Policy | None = None
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
         """Maps `[..., in]` to `[..., features]`; `where` marks the elements that count in calibration."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        groups, width = self.groups, x.shape[-1]
+        if groups < 1 or width % groups or self.features % groups:
+            name = "/".join(self.path) or "Dense"
+            raise UserError(f"{name}: {groups} groups do not divide both widths, {width} and {self.features}")
+        kernel = self.param("kernel", self.kernel_init, (width // groups, self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         kernel = site(self, "kernel", kernel, kind="weight")
         x = site(self, "input", x.astype(self.dtype), kind="input", where=where)
-        y = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        kernel = kernel.astype(self.dtype)
+        if groups == 1:
+            y = x @ kernel
+        else:
+            blocks = x.reshape(*x.shape[:-1], groups, width // groups)
+            y = jnp.einsum("...gi,igo->...go", blocks, kernel.reshape(width // groups, groups, -1))
+            y = y.reshape(*x.shape[:-1], self.features)
+        y = y + bias.astype(self.dtype)
         if self.activation is not None:
             y = self.activation(y)
         return site(self, "output", y, where=where)

@@ -84,13 +84,20 @@ class Policy:
     def check(self, names: Mapping[Kind, Iterable[str]]) -> None:
         """Raises a `UserError` if a rule matches none of a model's sites.
 
+        Of the rules that one label stands for (a short name for several places) one that matches is enough.
+
         Args:
           names: the model's site names by kind.
         """
         for kind in KINDS:
             existing = list(names.get(kind, ()))
+            found = {
+                rule.label or rule.pattern
+                for rule in self.rules(kind)
+                if rule.pattern == "**" or any(matches(rule.pattern, name) for name in existing)
+            }
             for rule in self.rules(kind):
-                if rule.pattern == "**" or any(matches(rule.pattern, name) for name in existing):
+                if (rule.label or rule.pattern) in found:
                     continue
                 written = rule.label or rule.pattern
                 shown = f"{written!r}" + (f" (that is, {rule.pattern!r})" if written != rule.pattern else "")

@@ -20,9 +20,9 @@ from qtx.quant.policy import matches
 # Megatron layout: the first product of a block is split by outputs, the second by inputs.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     ("**/attention/out/kernel", PartitionSpec("model", None)),
-    ("**/ffn/down/kernel", PartitionSpec("model", None)),
+    ("**/ffn*/down/kernel", PartitionSpec("model", None)),
     ("**/attention/*/kernel", PartitionSpec(None, "model")),
-    ("**/ffn/up/kernel", PartitionSpec(None, "model")),
+    ("**/ffn*/up/kernel", PartitionSpec(None, "model")),
     ("**/table", PartitionSpec("model", None)),
 )
 

@@ -85,6 +85,15 @@ def test_plain_is_everything():
     assert {PLAIN[name] for name, info in sites().items() if info.kind == "weight"} == {W}
 
 
+def test_rules_are_written_only_for_what_differs():
+    def patterns(*args, **options):
+        return [rule.pattern for rule in policy_of(W, A, *args, num_layers=2, **options).activations]
+
+    assert patterns() == ["**"]
+    assert patterns({"y1": 16}) == ["**", "encoder/layer_1/ffn/residual"]
+    assert patterns({"C": 16}, setup="FP_logits") == ["**", "classifier/output"]
+
+
 def test_weights_or_activations_alone():
     assert {sites()[name].kind for name in of(activations=None)} == {"weight"}
     assert {sites()[name].kind for name in of(weights=None)} == {"activation"}
@@ -205,7 +214,7 @@ def test_all_layers_of_a_large_model_are_covered():
 
 def test_a_policy_for_more_layers_than_the_model_has_is_refused():
     with pytest.raises(UserError, match="matches no site"):
-        check_policy(policy_of(W, A, num_layers=3), sites())
+        check_policy(policy_of(W, A, {"y": 16}, num_layers=3), sites())
 
 
 def test_groups_on_scores_are_refused_by_the_model():

@@ -70,6 +70,7 @@ def test_round_trip_bit_for_bit(saved):
 
 def test_own_fields_survive(tmp_path):
     config = dataclasses.replace(tiny.CONFIG, pooling="mean", logit_range=(0.0, 5.0), hidden_act="relu", pad_token_id=3)
+    config = dataclasses.replace(config, classifier_dropout=0.25)
     models.save(tmp_path, FAMILY, config, tiny.params())
     assert models.load(str(tmp_path)).config == config
 

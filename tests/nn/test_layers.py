@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qtx import quant
+from qtx.errors import UserError
 from qtx.nn import Dense, Embed, LayerNorm, policy
 
 rng = np.random.default_rng(0)
@@ -109,3 +110,37 @@ def test_input_site_is_what_enters_the_product():
     spec = quant.asymmetric(3)
     on_grid = quant.fake_quant(spec, X, quant.estimate(spec, X))
     np.testing.assert_array_equal(Dense(4, policy=rules).apply(DENSE, X), Dense(4).apply(DENSE, on_grid))
+
+
+# Grouped layers
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_grouped_layer_is_a_block_diagonal_one(groups):
+    rng = np.random.default_rng(0)
+    x, kernel, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 8), (8 // groups, 12), (12,)))
+    dense = np.zeros((8, 12), np.float32)
+    for g in range(groups):
+        rows, columns = slice(8 // groups * g, 8 // groups * (g + 1)), slice(12 // groups * g, 12 // groups * (g + 1))
+        dense[rows, columns] = kernel[:, columns]
+    got = Dense(12, groups=groups).apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    np.testing.assert_allclose(got, x @ dense + bias, atol=1e-5)
+
+
+def test_per_channel_means_outputs():
+    """A huge output channel takes nothing from the precision of the others, whatever its group."""
+    rng = np.random.default_rng(1)
+    kernel = rng.standard_normal((4, 8)).astype(np.float32)
+    kernel[:, 3] *= 1000
+    model = Dense(8, groups=2, policy=policy(quant.symmetric(8, quant.per_channel(), range="dynamic")))
+    x = jnp.eye(8)
+    params = {"params": {"kernel": kernel, "bias": np.zeros(8)}}
+    error = np.abs(model.apply(params, x) - Dense(8, groups=2).apply(params, x))
+    steps = np.abs(kernel).max(0) / 127
+    assert np.all(error.max(0) <= 0.5001 * steps) and np.all(error.max(0) > 0)
+
+
+@pytest.mark.parametrize(("groups", "width", "features"), [(3, 8, 12), (8, 8, 12), (0, 8, 8)])
+def test_groups_that_do_not_divide(groups, width, features):
+    with pytest.raises(UserError, match=f"{groups} groups do not divide both widths, {width} and {features}"):
+        jax.eval_shape(Dense(features, groups=groups).init, jax.random.key(0), jnp.zeros((1, width)))

@@ -99,6 +99,13 @@ def test_check_names_the_pattern_and_what_is_near():
     assert str(error.value) == "the weight pattern 'zzz' matches no site of this model; choose from: w"
 
 
+def test_a_name_for_several_places_needs_one_of_them():
+    both = (Rule("a/output", A, "short"), Rule("b/output", A, "short"))
+    Policy(activations=both).check({"activation": ["b/output"]})
+    with pytest.raises(UserError, match="the activation pattern 'short' .that is, 'a/output'. matches no site"):
+        Policy(activations=both).check({"activation": ["c/output"]})
+
+
 def test_a_pattern_of_another_kind_does_not_match():
     with pytest.raises(UserError, match="the weight pattern"):
         Policy(weights=rules(("a/output", A))).check({"activation": ["a/output"], "weight": ["a/kernel"]})

@@ -21,6 +21,7 @@ def test_one_device_is_a_mesh_of_one():
         ("encoder/layer_3/attention/out/kernel", (8, 8), PartitionSpec("model", None)),
         ("encoder/layer_3/ffn/up/kernel", (8, 16), PartitionSpec(None, "model")),
         ("encoder/layer_3/ffn/down/kernel", (16, 8), PartitionSpec("model", None)),
+        ("encoder/layer_3/ffn_0/down/kernel", (16, 8), PartitionSpec("model", None)),
         ("encoder/embeddings/word/table", (30, 8), PartitionSpec("model", None)),
         ("encoder/embeddings/word/table", (31, 8), PartitionSpec()),  # does not divide
         ("encoder/layer_3/ffn/up/bias", (16,), PartitionSpec()),
