@@ -690,26 +690,28 @@ class _Work:
         if self.cached is None or self.cached[0] is not stage:
             self.cached = stage, self._output_error(stage)
         error, error_full, count = self.cached[1]
-        weight = self.full[name]
+        weight, groups = self.full[name], call.module.groups  # type: ignore[attr-defined]
         if self.options.init != "range_estimator":
             scored = {
                 "mse": lambda q: _by_range(spec, jnp.square(q - weight)),
-                "mse_out": lambda q: _by_output(spec, error_full(q, weight)),
-                "mse_out_asym": lambda q: _by_output(spec, error(q, weight)),
+                "mse_out": lambda q: _by_output(spec, _errors(error_full, groups, q, weight)),
+                "mse_out_asym": lambda q: _by_output(spec, _errors(error, groups, q, weight)),
             }[self.options.init]
             params = search_scale(spec, weight, scored, self.options.init_scale)
         nearest = grid.fake_quant(spec, weight, params)
-        found = rounding.descend(spec, weight, params, error, self.options.moves, self.options.sweeps)
+        found = _descend(spec, weight, params, error, groups, self.options)
         self.quantized[name] = found
         size = count * weight.shape[-1]
-        return params, *(float(jnp.sum(error(q, weight)) / size) for q in (nearest, found)), "descent"
+        before, after = (float(jnp.sum(_errors(error, groups, q, weight)) / size) for q in (nearest, found))
+        return params, before, after, "descent"
 
-    def _output_error(self, stage: Stage) -> tuple[rounding.OutputError, rounding.OutputError, float]:
-        """Returns the output error on the inputs of the quantized network, on those of the full-precision one, and the
-        rows."""
+    def _output_error(self, stage: Stage) -> tuple[rounding.OutputError, rounding.OutputError | None, float]:
+        """Returns the output error on the inputs of the quantized network, on those of the full-precision one if it is
+        needed, and the number of rows."""
+        drifted, full = self.options.inputs == "quantized", self.options.init == "mse_out"
         total = None
         for x0, x, counts in self._inputs(stage):
-            part = _products(x0, x, counts)
+            part = _products(x0, x, counts, drifted, full)
             total = part if total is None else jax.tree.map(jnp.add, total, part)
         assert total is not None
         return total[0], total[1], float(total[2])
@@ -763,12 +765,38 @@ class _Work:
         return params, *errors, "relaxation"
 
 
-@jax.jit
-def _products(x0: jax.Array, x: jax.Array, counts: jax.Array | None):
-    """Returns the output errors of one batch on both networks' inputs, and the number of rows that count."""
+@partial(jax.jit, static_argnums=(3, 4))
+def _products(x0: jax.Array, x: jax.Array, counts: jax.Array | None, drifted: bool, full: bool):
+    """Returns the output errors of one batch on the inputs `x` and, if asked for, `x0`, and the number of rows that count."""
     where = jnp.ones((*x.shape[:-1], 1)) if counts is None else jnp.broadcast_to(counts, (*x.shape[:-1], 1))
     flat, flat0 = ((v * where).reshape(-1, v.shape[-1]).astype(jnp.float32) for v in (x, x0))
-    return rounding.OutputError.of(flat, flat0), rounding.OutputError.of(flat0, flat0), jnp.sum(where)
+    error = rounding.OutputError.of(flat, flat0 if drifted else None)
+    return error, rounding.OutputError.of(flat0) if full else None, jnp.sum(where)
+
+
+def _columns(group: int, groups: int, width: int) -> slice:
+    return slice(group * width // groups, (group + 1) * width // groups)
+
+
+@partial(jax.jit, static_argnums=1)
+def _errors(error: rounding.OutputError, groups: int, quantized: jax.Array, w: jax.Array) -> jax.Array:
+    """Returns the error of every output of a layer, `[out]`."""
+    columns = [_columns(i, groups, w.shape[1]) for i in range(groups)]
+    parts = zip(error.split(groups), columns, strict=True)
+    return jnp.concatenate([part(quantized[:, c], w[:, c]) for part, c in parts])
+
+
+def _descend(
+    spec: Spec, w: jax.Array, params: grid.QParams, error: rounding.OutputError, groups: int, options: AdaRound
+) -> jax.Array:
+    """Rounds a kernel, group by group of its layer."""
+    found = []
+    for i, part in enumerate(error.split(groups)):
+        c = _columns(i, groups, w.shape[1])
+        own = spec.granularity.axis in (-1, 1) and spec.granularity.groups is None  # a range for each output
+        mine = params._replace(scale=params.scale[c], zero_point=params.zero_point[c]) if own else params
+        found.append(rounding.descend(spec, w[:, c], mine, part, options.moves, options.sweeps))
+    return jnp.concatenate(found, 1)
 
 
 @partial(jax.jit, static_argnums=0)

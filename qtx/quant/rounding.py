@@ -98,11 +98,21 @@ class OutputError(NamedTuple):
     floor: jax.Array
 
     @classmethod
-    def of(cls, x: jax.Array, x0: jax.Array) -> OutputError:
-        """Returns the error of one batch; `x` and `x0` are `[rows, in]`. Errors of batches add up."""
-        delta = x - x0
+    def of(cls, x: jax.Array, x0: jax.Array | None = None) -> OutputError:
+        """Returns the error of one batch; `x` and `x0` are `[rows, in]` (None: they are the same). Errors of batches add
+        up."""
         products = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-        return cls(products(x.T, x), products(x.T, delta), products(delta.T, delta))
+        gram = products(x.T, x)
+        if x0 is None:
+            return cls(gram, jnp.zeros_like(gram), jnp.zeros_like(gram))
+        delta = x - x0
+        return cls(gram, products(x.T, delta), products(delta.T, delta))
+
+    def split(self, groups: int) -> list[OutputError]:
+        """Returns the errors of a grouped layer's groups, each of which sees its part of the inputs alone."""
+        width = self.gram.shape[0] // groups
+        parts = [slice(i * width, (i + 1) * width) for i in range(groups)]
+        return [OutputError(*(matrix[part, part] for matrix in self)) for part in parts]
 
     def __call__(self, quantized: jax.Array, w: jax.Array) -> jax.Array:
         """Returns the error of every output, `[out]`, for kernels `[in, out]`."""

@@ -37,6 +37,16 @@ class Twice(nn.Module):
         return Dense(2, policy=self.policy, name="last")(nn.tanh(shared(nn.tanh(shared(x, where)), where)), where)
 
 
+class Grouped(nn.Module):
+    """One layer in two groups."""
+
+    policy: Policy | None = None
+
+    @nn.compact
+    def __call__(self, x, where=None):
+        return Dense(6, groups=2, policy=self.policy, name="layer")(x, where)
+
+
 @pytest.fixture(scope="module")
 def rounded():
     return adaround(MODEL, PARAMS, BATCHES)
@@ -236,3 +246,16 @@ def test_refused_models():
     refuse("needs a uniform grid", policy({"**": quant.ternary()}))
     refuse("static range", policy({"**": quant.symmetric(4, range="dynamic")}))
     refuse("full precision", policy({"Et": quant.symmetric(4)}))
+
+
+@pytest.mark.parametrize("granularity", [quant.per_tensor(), quant.per_channel()], ids=str)
+def test_groups_of_a_grouped_layer_are_rounded_on_their_own_inputs(granularity):
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((60, 8)) @ rng.standard_normal((8, 8)), jnp.float32)
+    model = Grouped(policy({"**": quant.symmetric(3, granularity)}))
+    params = {"kernel": jnp.asarray(rng.standard_normal((4, 6)), jnp.float32), "bias": jnp.ones(6)}
+    found = adaround(model, {"layer": params}, [(x,)])
+    change = {"layer": params | {"kernel": found.params["layer"]["kernel"] - params["kernel"], "bias": jnp.zeros(6)}}
+    apart = model.clone(policy=None).apply({"params": change}, x)
+    np.testing.assert_allclose(found.layers[0].rounded, jnp.mean(jnp.square(apart)), rtol=1e-3)
+    assert found.layers[0].rounded < 0.9 * found.layers[0].nearest
