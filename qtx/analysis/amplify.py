@@ -15,11 +15,11 @@ x, h    exact by a shift. For any vector `c`, `x + c` (b1 + c) and `h - c` (a2 -
         FFN what it saw before. x and h carry `c` and `-c` in the chosen channels; y is what it was.
 z, g    likewise: z + c (b2 + c), the output projection of the next layer g - c; query, key and value (or the pooler) get
         their bias minus `c W`. The sum u is what it was; the encoder's own hidden states are shifted by `c`.
-y       only as a whole. `n(a y + b 1) = n(y)` for a scalar a > 0 and a scalar b, and for nothing else: where `n(y') = n(y)`, y' is of
-        that form. If instead n(y') = M n(y), then z' = g * M n(y) + b has to enter the next sum as z does, up to that
-        form again, and for diagonal g this leaves permutations and signs. So a shift of all channels at once (a2 + b 1) is
-        exact, and a shift or a scale of single channels of y, or of u, is not. A common shift cannot be undone by groups
-        of channels, as a range always holds zero, only by more bits.
+y       only as a whole. For a scalar a > 0 and a scalar b, `n(a y + b 1) = n(y)`, and every y' with `n(y') = n(y)` is of that
+        form. Were instead `n(y') = M n(y)`, then z' = g * M n(y) + b would have to enter the next sum as z does, up to that
+        form again, and diagonal g that differ leave permutations and signs for M. So a shift of all channels (a2 + b 1) is
+        exact, and a shift or scale of single channels of y, or of u, is not. No grouping of channels undoes a common
+        shift, because every range holds zero; more bits do.
 c       exact by a scale: value channel j times s, row j of the output projection divided by s.
         The outliers follow the token here.
 
@@ -86,8 +86,10 @@ def amplify(
             raise UserError(f"layer {i} does not exist; the model has layers 0 to {config.num_layers - 1}")
     given = traverse_util.flatten_dict(params, sep="/")
     if "encoder/layer_0/ffn/norm/bias" not in given:
-        raise UserError("these are not the parameters of a post-LayerNorm encoder; amplify knows the names of qtx.nn.bert")
-    flat = {name: np.asarray(value, np.float64) for name, value in given.items()}
+        raise UserError(
+            "these are not the parameters of a post-LayerNorm encoder; amplify knows the names of qtx.nn.bert"
+        )
+    flat = {name: np.array(value, np.float64) for name, value in given.items()}
     for name in sites:
         for i in chosen:
             _TRANSFORMATIONS[name](flat, i, config.num_layers, factor, channels)

@@ -74,9 +74,7 @@ def _payload(spec: Spec | None, count: int) -> int:
     return packed_size(count, 32 if spec is None else spec.bits)
 
 
-def weight_memory(
-    policy: Policy | None, sites: Mapping[str, SiteInfo], params: Mapping[str, Any]
-) -> tuple[Item, ...]:
+def weight_memory(policy: Policy | None, sites: Mapping[str, SiteInfo], params: Mapping[str, Any]) -> tuple[Item, ...]:
     """Returns an item for every parameter, as a packed file holds it.
 
     Args:
@@ -92,9 +90,7 @@ def weight_memory(
         plain = _bits(spec) if name in specs else of_module.get(name.rpartition("/")[0], 32)
         ranges = 0 if spec is None else rows.row_count(spec.granularity, value.shape) or 1
         zero_point = 0 if spec is None or spec.scheme != "asymmetric" else 1 if spec.bits <= 8 else 2
-        items.append(
-            Item(name, count, _bits(spec), plain, _payload(spec, count), 4 * ranges, zero_point * ranges)
-        )
+        items.append(Item(name, count, _bits(spec), plain, _payload(spec, count), 4 * ranges, zero_point * ranges))
     return tuple(items)
 
 

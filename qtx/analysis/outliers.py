@@ -17,6 +17,7 @@ passes and merged by the formula of Chan, Golub and LeVeque (1983, eq. 2.1), who
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -90,7 +91,8 @@ def choose_sites(names: Sequence[str], sites: Mapping[str, SiteInfo]) -> tuple[s
         chosen |= dict.fromkeys(found)
     if not chosen:
         raise UserError("no activations to look at; name some, such as h and y")
-    return tuple(chosen)
+    # In the order of the layers, 2 before 10.
+    return tuple(sorted(chosen, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)]))
 
 
 def collect(
@@ -226,7 +228,9 @@ def sites_table(found: Mapping[str, Statistics], token: Callable[[int], str]) ->
     columns = ["site", "min", "max", "std", "outliers", "of values", "dimension", "its share", "token", "token's share"]
     columns += ["position", "position's share"]
     shares = {column: ".1%" for column in columns if column.endswith("share")}
-    return Table(columns, rows, {"min": ".2f", "max": ".2f", "std": ".3f", "outliers": ",d", "of values": ".3%"} | shares)
+    return Table(
+        columns, rows, {"min": ".2f", "max": ".2f", "std": ".3f", "outliers": ",d", "of values": ".3%"} | shares
+    )
 
 
 def dimensions_table(found: Mapping[str, Statistics], count: int = 20) -> Table:

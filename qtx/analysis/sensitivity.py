@@ -118,15 +118,7 @@ def variants(
     """Returns the names of the variants, and which quantizers are on: bool `[variants, sites]`.
 
     The first two are `FULL` and `ALL`; then one for each table and group.
-
-    Raises:
-      UserError: on an unknown table, or none.
     """
-    for table in tables:
-        if table not in TABLES:
-            raise UserError(f"unknown table {table!r}{near_misses(table, TABLES)}")
-    if not tables:
-        raise UserError(f"no table to make; choose from {', '.join(TABLES)}")
     names, rows = [FULL, ALL], [np.zeros(len(quantized), bool), np.ones(len(quantized), bool)]
     for table in TABLES:
         for group, members in groups.items():
@@ -135,6 +127,17 @@ def variants(
                 names.append(TABLES[table].format(group))
                 rows.append(inside if table == "only" else ~inside)
     return names, np.array(rows)
+
+
+def check(tables: Sequence[str], calibration: str) -> None:
+    """Raises a `UserError` on an unknown table or calibration, or if there is no table."""
+    for table in tables:
+        if table not in TABLES:
+            raise UserError(f"unknown table {table!r}{near_misses(table, TABLES)}")
+    if not tables:
+        raise UserError(f"no table to make; choose from {', '.join(TABLES)}")
+    if calibration not in CALIBRATIONS:
+        raise UserError(f"unknown calibration {calibration!r}{near_misses(calibration, CALIBRATIONS)}")
 
 
 def measure(
@@ -156,8 +159,8 @@ def measure(
       params: its trained parameters.
       batches: argument tuples for calibration.
       groups: from `make_groups`.
-      evaluate: `(model, variables) -> metrics`, one of them `score`; higher is better. It must hand all of `variables` to
-        the model.
+      evaluate: `(model, variables) -> metrics`: `score`, of which more is better, perhaps `error` of the logits, and others. It
+        must hand all of `variables` to the model.
       tables: `'leave_out'`, `'only'` or both.
       calibration: where the ranges come from, see above.
       path: JSON-lines file, a line for each variant: what stands there is read and not measured again.
@@ -169,8 +172,7 @@ def measure(
     Raises:
       UserError: on an unknown table or calibration, no batch, or a policy that does not fit.
     """
-    if calibration not in CALIBRATIONS:
-        raise UserError(f"unknown calibration {calibration!r}{near_misses(calibration, CALIBRATIONS)}")
+    check(tables, calibration)
     if len(batches) == 0:
         raise UserError("calibration got no batches; give it at least one")
     policy: Policy = model.policy  # type: ignore[attr-defined]
@@ -220,64 +222,116 @@ def _read(path: str | os.PathLike[str] | None) -> dict[str, dict[str, float]]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cost:
+    """What the quantizers of one group cost; None for a table that was not made, or an error that was not measured.
+
+    Attributes:
+      group: its name.
+      sites: how many it has.
+      wins_back: score without them minus score with everything quantized.
+      loses: score in full precision minus score with them alone.
+      error_without: error of the logits with all quantizers but these.
+      error_alone: error of the logits with these alone.
+    """
+
+    group: str
+    sites: int
+    wins_back: float | None
+    loses: float | None
+    error_without: float | None
+    error_alone: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Summary:
-    """What each group costs.
+    """What all groups cost.
 
     Attributes:
       full: score in full precision.
       quantized: score with every quantizer on.
-      rows: (group, number of sites, what leaving it out wins back, what it loses alone), the worst group first; None for
-        a table that was not made.
+      error: of the logits with every quantizer on; None if it was not measured.
+      costs: the worst group first: by what leaving it out wins back, then by what it loses alone, then by error.
     """
 
     full: float
     quantized: float
-    rows: tuple[tuple[str, int, float | None, float | None], ...]
+    error: float | None
+    costs: tuple[Cost, ...]
 
     @property
     def culprit(self) -> str:
-        """One sentence that names the group whose quantizers cost most."""
-        group, sites, won, lost = self.rows[0]
-        total = self.full - self.quantized
-        facts = [f"full precision {self.full:.4f}, everything quantized {self.quantized:.4f}."]
-        if won is not None and won <= 0:
-            return " ".join([*facts, "No group wins anything back when it is left out."])
-        if won is None and (lost is None or lost <= 0):
-            return " ".join([*facts, "No group loses anything alone."])
-        facts.append(f"The culprit is {group} ({sites} sites):")
-        if won is not None:
-            part = f" of the {total:.4f} that are lost ({won / total:.0%})" if total > 0 else ""
-            facts.append(f"without its quantizers {won:.4f}{part} are won back" + (";" if lost is not None else "."))
-        if lost is not None:
-            facts.append(f"quantized alone, it loses {lost:.4f}.")
+        """One or two sentences that name the group whose quantizers cost most."""
+        worst, total = self.costs[0], self.full - self.quantized
+        facts = [f"Full precision {self.full:.4f}, everything quantized {self.quantized:.4f}."]
+        if worst.wins_back is not None and worst.wins_back > 0:
+            part = f" ({worst.wins_back / total:.0%} of what is lost)" if total >= worst.wins_back else ""
+            facts.append(
+                f"The culprit is {worst.group} ({worst.sites} sites): without it {worst.wins_back:.4f}{part} is won back."
+            )
+        elif worst.wins_back is None and worst.loses is not None and worst.loses > 0:
+            facts.append(f"The culprit is {worst.group} ({worst.sites} sites): alone it loses {worst.loses:.4f}.")
+        else:
+            facts.append("No group changes the score for the worse.")
+        if self.error is not None:
+            # A score moves by whole examples; the logits show what is below that.
+            by_error = min(self.costs, key=_remaining_error)
+            if by_error.error_without is not None:
+                change = f"from {self.error:.4f} to {by_error.error_without:.4f} without it"
+            else:
+                change = f"to {by_error.error_alone:.4f} by it alone, to {self.error:.4f} by everything"
+            facts.append(f"By the error of the logits it is {by_error.group}: {change}.")
         return " ".join(facts)
 
     def table(self) -> Table:
-        """Returns the groups, sorted by what leaving them out wins back."""
-        columns = ["group", "sites", "all but it", "wins back", "only it", "loses"]
-        rows: list[list[Any]] = [[FULL, None, self.full, None, None, None], [ALL, None, self.quantized, None, None, None]]
-        for group, sites, won, lost in self.rows:
-            without = None if won is None else self.quantized + won
-            rows.append([group, sites, without, won, None if lost is None else self.full - lost, lost])
+        """Returns the groups, the worst first."""
+        columns = ["group", "sites", "all but it", "wins back", "only it", "loses", "error without", "error alone"]
+        rows: list[list[Any]] = [
+            [FULL, None, self.full, None, None, None, None, None],
+            [ALL, None, self.quantized, None, None, None, self.error, None],
+        ]
+        for cost in self.costs:
+            without = None if cost.wins_back is None else self.quantized + cost.wins_back
+            only = None if cost.loses is None else self.full - cost.loses
+            rows.append(
+                [
+                    cost.group,
+                    cost.sites,
+                    without,
+                    cost.wins_back,
+                    only,
+                    cost.loses,
+                    cost.error_without,
+                    cost.error_alone,
+                ]
+            )
         return Table(columns, rows, dict.fromkeys(columns[2:], ".4f"))
 
 
+def _remaining_error(cost: Cost) -> float:
+    """Small for a group that explains much of the error."""
+    return cost.error_without if cost.error_without is not None else -(cost.error_alone or 0.0)
+
+
 def summary(scores: Mapping[str, Mapping[str, float]], groups: Groups) -> Summary:
-    """Compares the scores of `measure`."""
+    """Compares what `measure` returned: `score`, and `error` of the logits if `evaluate` gives one."""
     full, quantized = scores[FULL]["score"], scores[ALL]["score"]
 
-    def difference(table: str, group: str) -> float | None:
-        found = scores.get(TABLES[table].format(group))
-        if found is None:
-            return None
-        return found["score"] - quantized if table == "leave_out" else full - found["score"]
+    def cost(group: str, members: Sequence[str]) -> Cost:
+        without, alone = (scores.get(TABLES[table].format(group), {}) for table in ("leave_out", "only"))
+        return Cost(
+            group,
+            len(members),
+            without["score"] - quantized if without else None,
+            full - alone["score"] if alone else None,
+            without.get("error"),
+            alone.get("error"),
+        )
 
-    rows = [
-        (group, len(members), difference("leave_out", group), difference("only", group))
-        for group, members in groups.items()
-    ]
-    rows.sort(key=lambda row: tuple(0.0 if value is None else value for value in row[2:]), reverse=True)
-    return Summary(full, quantized, tuple(rows))
+    def badness(cost: Cost) -> tuple[float, float, float]:
+        return cost.wins_back or 0.0, cost.loses or 0.0, -_remaining_error(cost)
+
+    costs = sorted((cost(group, members) for group, members in groups.items()), key=badness, reverse=True)
+    return Summary(full, quantized, scores[ALL].get("error"), tuple(costs))
 
 
 def plot(found: Summary, path: str | os.PathLike[str], count: int = 30) -> None:
@@ -288,16 +342,18 @@ def plot(found: Summary, path: str | os.PathLike[str], count: int = 30) -> None:
       path: of the PNG.
       count: how many groups at most.
     """
-    rows = found.rows[:count][::-1]
-    figure, ((axes,),) = new_figure(8, 1.6 + 0.3 * len(rows))
+    costs = found.costs[:count][::-1]
+    figure, ((axes,),) = new_figure(8, 1.6 + 0.3 * len(costs))
     axes.grid(axis="x", color="#e4e7eb", linewidth=0.8)
-    series = (("won back when it is left out", 2, ACCENT, 0.2), ("lost when it is quantized alone", 3, AMBER, -0.2))
-    for label, column, color, offset in series:
-        places = [i + offset for i, row in enumerate(rows) if row[column] is not None]
-        values = [row[column] for row in rows if row[column] is not None]
-        if values:
-            axes.barh(places, values, height=0.36, color=color, label=label)
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=8)
+    wins, losses = ([getattr(cost, field) for cost in costs] for field in ("wins_back", "loses"))
+    for title, values, color, offset in (
+        ("won back when it is left out", wins, ACCENT, 0.2),
+        ("lost when it is quantized alone", losses, AMBER, -0.2),
+    ):
+        bars = [(i + offset, value) for i, value in enumerate(values) if value is not None]
+        if bars:
+            axes.barh(*zip(*bars, strict=True), height=0.36, color=color, label=title)
+    axes.set_yticks(range(len(costs)), [cost.group for cost in costs], fontsize=8)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_xlabel(f"score (full precision {found.full:.4f}, everything quantized {found.quantized:.4f})", color=INK)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)

@@ -32,7 +32,8 @@ from qtx.train.loop import Phase, Saving, fit
 from qtx.train.report import Table, check_config, save_config
 
 
-def _calibration_options(config: ConfigDict) -> dict[str, Any]:
+def calibration_options(config: ConfigDict) -> dict[str, Any]:
+    """Returns the options of `qtx.methods.calibrate.calibrate` that a configuration sets."""
     c = config.calibration
     return {"share_permutation": c.share_permutation or None, "permutation": c.permutation}
 
@@ -69,7 +70,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
                 experiment.calibration_batches(),
                 optimizer,
                 section.ranges,
-                _calibration_options(config),
+                calibration_options(config),
                 **options,
             )
         )
@@ -190,7 +191,7 @@ def post_training_quantization(experiment: Experiment, params: Any, policy: Poli
     sites = experiment.sites()
     check_policy(policy, sites)
     model = experiment.model.clone(policy=policy)
-    ranges = calibrate(model, params, batches, **_calibration_options(experiment.config))
+    ranges = calibrate(model, params, batches, **calibration_options(experiment.config))
     frozen = quantized_weights(policy, sites, params, ranges)
     rest = dataclasses.replace(policy, weights=())
     runnable = experiment.model.clone(policy=rest if rest.activations or rest.inputs else None)
@@ -212,13 +213,7 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """
     workdir = Path(workdir)
     experiment = setup(config)
-    require_trained(experiment)
-    if experiment.model.policy is not None:  # type: ignore[attr-defined]
-        raise UserError(f"{config.model.name} is quantized already; give the full-precision checkpoint")
-    policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
-    if policy is None:
-        raise UserError("`quant` keeps everything in full precision; set weight_bits or activation_bits below 32")
-    check_policy(policy, experiment.sites())
+    policy = policy_to_apply(experiment)
     batches = experiment.calibration_batches()
     save_config(config, workdir)
     params = experiment.pretrained.params
@@ -256,6 +251,19 @@ def evaluate(config: ConfigDict, workdir: str | Path | None = None) -> dict[str,
         save_config(config, workdir)
         write_text(Path(workdir) / "result.json", json.dumps(values, indent=2))
     return values
+
+
+def policy_to_apply(experiment: Experiment) -> Policy:
+    """Returns the policy of `quant` for a trained checkpoint in full precision, or raises a `UserError`."""
+    config = experiment.config
+    require_trained(experiment)
+    if experiment.model.policy is not None:  # type: ignore[attr-defined]
+        raise UserError(f"{config.model.name} is quantized already; give the full-precision checkpoint")
+    policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
+    if policy is None:
+        raise UserError("`quant` keeps everything in full precision; set weight_bits or activation_bits below 32")
+    check_policy(policy, experiment.sites())
+    return policy
 
 
 def require_trained(experiment: Experiment) -> None:

@@ -250,7 +250,7 @@ def save_quantized(
       tokenizer: a `transformers` tokenizer, saved beside the weights.
 
     Returns:
-      Bytes of the weights with their scales, as `qtx.analysis.memory` counts them, without the activation ranges and the header.
+      Bytes of the weights with their scales, without the activation ranges and the header.
 
     Raises:
       UserError: if parameters or policy do not fit the model, or a static range is missing.

@@ -83,14 +83,21 @@ def test_the_policy_does_not_matter(found):
 
 @pytest.mark.parametrize(
     ("names", "words"),
-    [(("s",), "'s'\\) is not \\[batch"), (("P",), "not \\[batch"), (("y7",), "'y7' matches no"), ((), "no activations")],
+    [
+        (("s",), "'s'\\) is not \\[batch"),
+        (("P",), "not \\[batch"),
+        (("y7",), "'y7' matches no"),
+        ((), "no activations"),
+    ],
 )
 def test_sites_that_are_refused(names, words):
     with pytest.raises(UserError, match=words):
         choose_sites(names, SITES)
 
 
-@pytest.mark.parametrize(("k", "count", "words"), [(0, 1, "above 0"), (-1, 1, "-1"), (float("nan"), 1, "nan"), (6, 0, "0 batches")])
+@pytest.mark.parametrize(
+    ("k", "count", "words"), [(0, 1, "above 0"), (-1, 1, "-1"), (float("nan"), 1, "nan"), (6, 0, "0 batches")]
+)
 def test_arguments_that_are_refused(k, count, words):
     with pytest.raises(UserError, match=words):
         collect(MODEL, PARAMS, BATCHES[:count], NAMES, vocab_size=50, positions=16, k=k)

@@ -1,17 +1,17 @@
 """Sets of quantizers switched in one compiled program, against models whose policy has those sets only."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from flax import traverse_util
 
 from qtx import quant
 from qtx.analysis import sensitivity
-from qtx.analysis.sensitivity import ALL, FULL, make_groups, measure, plot, quantized_sites, summary, variants
+from qtx.analysis.sensitivity import ALL, FULL, Cost, make_groups, measure, plot, quantized_sites, summary, variants
 from qtx.errors import UserError
 from qtx.methods import calibrate as calibration
 from qtx.nn import BertClassifier, list_sites, policy
@@ -95,10 +95,6 @@ def test_variants():
     assert names == [FULL, ALL, "all but a", "all but b", "only a", "only b"]
     assert matrix.astype(int).tolist() == [[0, 0, 0], [1, 1, 1], [0, 1, 0], [1, 0, 1], [1, 0, 1], [0, 1, 0]]
     assert variants({"a": ("1",)}, ["1"], ["only"])[0] == [FULL, ALL, "only a"]
-    with pytest.raises(UserError, match="'leave_out'"):
-        variants({}, ["1"], ["leaveout"])
-    with pytest.raises(UserError, match="no table"):
-        variants({}, ["1"], [])
 
 
 # Measuring
@@ -130,7 +126,9 @@ def test_a_variant_is_the_model_with_the_policy_of_its_quantizers(paper):
     given = traverse_util.flatten_dict(variables["ranges"], sep="/")
     for field, value in ranges.items():
         # Compiled otherwise, a value may round to the next step of its grid.
-        np.testing.assert_allclose(np.float32(given[field]), np.float32(value), rtol=0.01, atol=1.0 * field.endswith("point"))
+        np.testing.assert_allclose(
+            np.float32(given[field]), np.float32(value), rtol=0.01, atol=1.0 * field.endswith("point")
+        )
     for name in names:
         on = [site for site, flag in zip(quantized, matrix[names.index(name)], strict=True) if flag]
         want = MODEL.clone(policy=only(on)).apply({"params": PARAMS, "ranges": variables["ranges"]}, *tiny.inputs(9))
@@ -196,6 +194,10 @@ def test_done_variants_are_read(tmp_path):
 def test_bad_arguments():
     with pytest.raises(UserError, match="'variant'"):
         measure(MODEL, PARAMS, BATCHES, GROUPS, evaluate, calibration="variants")
+    with pytest.raises(UserError, match="'leave_out'"):
+        measure(MODEL, PARAMS, BATCHES, GROUPS, evaluate, tables=["leaveout"])
+    with pytest.raises(UserError, match="no table"):
+        measure(MODEL, PARAMS, BATCHES, GROUPS, evaluate, tables=[])
     with pytest.raises(UserError, match="at least one"):
         measure(MODEL, PARAMS, [], GROUPS, evaluate)
 
@@ -203,19 +205,21 @@ def test_bad_arguments():
 # The table
 
 SCORES = {
-    FULL: {"score": 0.9}, ALL: {"score": 0.5},
-    "all but s": {"score": 0.55}, "all but y": {"score": 0.8}, "all but g": {"score": 0.45},
-    "only s": {"score": 0.9}, "only y": {"score": 0.6}, "only g": {"score": 0.88},
+    FULL: {"score": 0.9, "error": 0.0}, ALL: {"score": 0.5, "error": 0.8},
+    "all but s": {"score": 0.55, "error": 0.7}, "all but y": {"score": 0.8, "error": 0.2},
+    "all but g": {"score": 0.45, "error": 0.1}, "only s": {"score": 0.9, "error": 0.0},
+    "only y": {"score": 0.6, "error": 0.5}, "only g": {"score": 0.88, "error": 0.6},
 }  # fmt: skip
+THREE = {"s": "ab", "y": "cde", "g": "f"}
 
 
 def test_the_culprit_stands_first(tmp_path):
-    found = summary(SCORES, {"s": "ab", "y": "cde", "g": "f"})
-    assert [row[0] for row in found.rows] == ["y", "s", "g"]
-    np.testing.assert_allclose(found.rows[0][2:], [0.3, 0.3])
+    found = summary(SCORES, THREE)
+    assert [cost.group for cost in found.costs] == ["y", "s", "g"]
+    np.testing.assert_allclose(dataclasses.astuple(found.costs[0])[2:], [0.3, 0.3, 0.2, 0.5])
     assert found.culprit == (
-        "full precision 0.9000, everything quantized 0.5000. The culprit is y (3 sites): "
-        "without its quantizers 0.3000 of the 0.4000 that are lost (75%) are won back; quantized alone, it loses 0.3000."
+        "Full precision 0.9000, everything quantized 0.5000. The culprit is y (3 sites): without it 0.3000 (75% of what is "
+        "lost) is won back. By the error of the logits it is g: from 0.8000 to 0.1000 without it."
     )
     lines = found.table().markdown().splitlines()
     assert "0.8000" in lines[4] and "0.6000" in lines[4] and lines[4].startswith("| y ")
@@ -223,15 +227,22 @@ def test_the_culprit_stands_first(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_culprit_where_nothing_is_lost(tmp_path):
-    scores = dict.fromkeys(SCORES, {"score": 0.9})
-    found = summary(scores, {"s": "ab"})
-    assert found.culprit.endswith("No group wins anything back when it is left out.")
-    alone = summary({name: value for name, value in scores.items() if "but" not in name}, {"s": "ab"})
-    assert alone.rows == (("s", 2, None, 0.0),) and alone.culprit.endswith("No group loses anything alone.")
-    plot(alone, tmp_path / "plot.png")
-    worse = summary({**SCORES, ALL: {"score": 0.95}, "all but y": {"score": 0.96}}, {"y": "a"})
-    assert "that are lost" not in worse.culprit and "y (1 sites)" in worse.culprit
+def test_one_table_alone(tmp_path):
+    only = summary({name: value for name, value in SCORES.items() if "but" not in name}, THREE)
+    assert [cost.group for cost in only.costs] == ["y", "g", "s"]
+    assert (
+        "The culprit is y (3 sites): alone it loses 0.3000. By the error of the logits it is g: to 0.6" in only.culprit
+    )
+    plot(only, tmp_path / "plot.png")
+    without = summary({name: {"score": value["score"]} for name, value in SCORES.items() if "only" not in name}, THREE)
+    assert without.costs[0] == Cost("y", 3, 0.8 - 0.5, None, None, None) and "logits" not in without.culprit
+
+
+def test_no_culprit_where_nothing_is_lost():
+    found = summary(dict.fromkeys(SCORES, {"score": 0.9}), THREE)
+    assert found.culprit.endswith("No group changes the score for the worse.")
+    better = summary({**SCORES, ALL: {"score": 0.95}, "all but y": {"score": 0.96}}, {"y": "a"})
+    assert "y (1 sites): without it 0.0100 is won back" in better.culprit
 
 
 def test_a_real_culprit_is_found():
@@ -241,4 +252,4 @@ def test_a_real_culprit_is_found():
     model = MODEL.clone(policy=rules)
     groups = make_groups(("c1", "c0", "y1", "z0", "h0"), rules, SITES)
     found = summary(measure(model, PARAMS, BATCHES, groups, evaluate), groups)
-    assert found.rows[0][0] == "c1" and "The culprit is c1 (1 sites)" in found.culprit
+    assert found.costs[0].group == "c1" and "The culprit is c1 (1 sites)" in found.culprit

@@ -1,0 +1,39 @@
+"""Look into a trained model: which quantizers cost its score, where its outliers are, what its tensors weigh.
+
+    python launch/analyze.py --config=configs/analyze.py:w8a8 --config.model.name=runs/quickstart/model --workdir=runs/analysis
+
+The report names the group of sites to blame. The argument is `w8a8`, `paper` (activations alone, the ranges of every variant
+from one text: the table of the paper), or `smoke` for a run of seconds.
+"""
+
+from qtx.errors import UserError, near_misses
+from qtx.experiments.config import analysis, base
+
+SETTINGS = ("w8a8", "paper", "smoke")
+
+
+def get_config(arg: str = "w8a8"):
+    """Returns the configuration for one setting."""
+    if arg not in SETTINGS:
+        raise UserError(f"configs/analyze.py: unknown setting {arg!r}{near_misses(arg, SETTINGS)}")
+    config = base()
+    config.model.fresh_head = False
+    config.analyses = ("sensitivity", "outliers", "memory")
+    config.analysis = analysis()
+    config.quant.weight_granularity = "channel"
+    config.calibration.batches = 1  # of one shape: one compilation
+    config.calibration.batch_size = 128
+    config.data.max_length = 48
+    config.data.eval_buckets = 1
+    if arg == "paper":
+        config.quant.weight_bits = 32
+        config.calibration.batch_size = 1
+        config.analysis.sensitivity.calibration = "variant"
+        config.analysis.sensitivity.tables = ("leave_out",)
+    if arg == "smoke":
+        config.data.limit_train = config.data.limit_eval = 64
+        config.data.max_length = 32
+        config.calibration.batch_size = 32
+        config.analysis.sensitivity.groups = ("x", "h", "y")
+        config.analysis.outliers.batches = 1
+    return config
