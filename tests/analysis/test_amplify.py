@@ -74,7 +74,7 @@ REMEDIES = {"tensor": {}, "groups": dict.fromkeys("xhcv", "ngp6"), "16 bits": di
 def errors():
     """Relative error of the logits of W8A8 by model and remedy."""
     params, args = tiny.params(WIDE), tiny.inputs(9, (16,) * 16, 16)
-    models = {"plain": params, "x": amplify(params, WIDE, ("x",), 100.0), "c": amplify(params, WIDE, ("c",), 30.0)}
+    models = {"plain": params, "x": amplify(params, WIDE, ("x",), 200.0), "c": amplify(params, WIDE, ("c",), 60.0)}
     want = BertClassifier(WIDE).apply({"params": params}, *args).logits
     found = {}
     for remedy, values in REMEDIES.items():
@@ -91,7 +91,7 @@ def errors():
 @pytest.mark.parametrize("site", ["x", "c"])
 def test_one_range_per_tensor_loses_and_groups_and_16_bits_win_back(errors, site):
     plain, hard = errors["plain", "tensor"], errors[site, "tensor"]
-    assert hard > 2 * plain
+    assert hard > 2.5 * plain
     lost = hard - plain
     assert errors[site, "groups"] - plain < 0.6 * lost
     assert errors[site, "16 bits"] - plain < 0.4 * lost
