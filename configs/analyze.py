@@ -20,6 +20,8 @@ def get_config(arg: str = "w8a8"):
     config.model.fresh_head = False
     config.analyses = ("sensitivity", "outliers", "memory")
     config.analysis = analysis()
+    config.analysis.sensitivity.groups = ("e", "s", "p", "c", "g", "u", "x", "h", "y", "z", "MHA+FFN")
+    config.data.limit_train, config.data.limit_eval = 2048, 256
     config.quant.weight_granularity = "channel"
     config.calibration.batches = 1  # of one shape: one compilation
     config.calibration.batch_size = 128
@@ -28,6 +30,7 @@ def get_config(arg: str = "w8a8"):
     if arg == "paper":
         config.quant.weight_bits = 32
         config.calibration.batch_size = 1
+        config.analysis.sensitivity.groups = ("s", "e", "g", "p", "y", "y10+y11")
         config.analysis.sensitivity.calibration = "variant"
         config.analysis.sensitivity.tables = ("leave_out",)
     if arg == "smoke":

@@ -138,7 +138,7 @@ def totals(items: Iterable[Item]) -> dict[str, float]:
     }
 
 
-def share(items: Iterable[Item], bits: int) -> tuple[float, float]:
+def share(items: Iterable[Item], bits: float) -> tuple[float, float]:
     """Returns which part of the values, and which part of the tensors, has so many bits.
 
     The paper's "about 22 %" of 16-bit activations in mixed precision is the part of the tensors (x, h and y: 36 of 161

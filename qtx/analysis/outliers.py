@@ -240,7 +240,7 @@ def dimensions_table(found: Mapping[str, Statistics], count: int = 20) -> Table:
       found: from `collect`.
       count: how many rows at most.
     """
-    rows = [
+    rows: list[list[Any]] = [
         [
             label(name),
             int(d),
@@ -265,7 +265,7 @@ def tokens_table(found: Mapping[str, Statistics], token: Callable[[int], str], c
       token: text of a token id.
       count: how many rows at most.
     """
-    by_token = np.sum([s.by_token for s in found.values()], 0, dtype=np.int64)
+    by_token = np.stack([s.by_token for s in found.values()]).sum(0, dtype=np.int64)
     order = np.argsort(-by_token, kind="stable")[:count]
     rows = [[token(int(i)), int(by_token[i]), by_token[i] / by_token.sum()] for i in order if by_token[i]]
     return Table(["token", "outliers", "share"], rows, {"outliers": ",d", "share": ".1%"})

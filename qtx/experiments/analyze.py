@@ -124,7 +124,10 @@ def _outliers(experiment: Experiment, policy: Policy) -> Part:
             positions=sizes.max_positions,
             k=c.k,
         )
-        token = experiment.tokenizer.convert_ids_to_tokens
+
+        def token(number: int) -> str:
+            return str(experiment.tokenizer.convert_ids_to_tokens(number))
+
         tables = {
             "outlier_sites": outliers.sites_table(found, token),
             "outlier_dimensions": outliers.dimensions_table(found),

@@ -109,7 +109,7 @@ class Experiment:
 
     def logits(self, model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Returns the logits `[N, C]` of the task's validation splits."""
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for split in ("validation", "validation_mismatched"):
             if split in self.encoded:
                 batches = self.batches(split, self.config.data.eval_batch_size, shuffle=False, epochs=1)

@@ -200,8 +200,8 @@ def activation_ranges(model: nn.Module, variables: Mapping[str, Any], batches: S
     collections: dict[str, Any] = {"ranges": variables["ranges"]}
     for args in batches:
         collections = _observe(model, fixed, collections, args)
-        _check_finite(collections["ranges"], "the calibration data or the activations hold NaN or infinity")
-    return collections["ranges"]
+        _check_finite(collections.get("ranges", {}), "the calibration data or the activations hold NaN or infinity")
+    return collections.get("ranges", {})
 
 
 # Parameters are arguments: as constants of the compiled function they double the time of compilation.

@@ -80,4 +80,3 @@ def test_settings_resolve(argument, tiny_checkpoint, tiny_data):
     found = get_config(argument, tiny_checkpoint, tiny_data)
     assert found.quant.weight_bits == (32 if argument == "paper" else 8)
     assert found.analysis.sensitivity.calibration == ("variant" if argument == "paper" else "full_precision")
-    assert "configs/analyze.py" in (ROOT / "configs" / "analyze.py").read_text()
