@@ -342,12 +342,14 @@ def test_activation_ranges_are_calibrated_without_a_new_program():
     model, given = Small(rules), {"params": PARAMS, "ranges": {}}
     whole = activation_ranges(model, given, BATCHES)
     jax.tree.map(np.testing.assert_array_equal, whole, calibrate(model, PARAMS, BATCHES))
-    on, off = (
-        activation_ranges(model, given | {"switches": {"first": {"output": np.bool_(f)}}}, BATCHES)
-        for f in (True, False)
-    )
+
+    def switched(flag):
+        switches = {"first": {"output": np.bool_(flag)}, "middle": np.bool_(flag)}
+        return activation_ranges(model, given | {"switches": switches}, BATCHES)
+
+    on = switched(True)
     before = calibration._observe._cache_size()
-    activation_ranges(model, given | {"switches": {"first": {"output": np.bool_(True)}}}, BATCHES)
+    off = switched(False)
     assert calibration._observe._cache_size() == before
     assert float(on["last"]["output"]["scale"]) != float(off["last"]["output"]["scale"])
     assert activation_ranges(Small(policy(quant.ternary())), given, BATCHES) == {}

@@ -305,7 +305,7 @@ def test_masters_keep_their_gradient():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("first/kernel", "weights"), ("first/input", "inputs"), ("first/output", "activations")]
+    ("name", "kind"), [("first/kernel", "weights"), ("first/input", "inputs"), ("last/output", "activations")]
 )
 def test_a_site_that_is_switched_off_is_as_without_a_rule(name, kind):
     own = getattr(EVERYTHING, kind) + (Rule(name, None),)
@@ -323,7 +323,10 @@ def test_a_site_that_is_switched_off_is_as_without_a_rule(name, kind):
     assert np.any(np.abs(on - off) > 1e-3)
     # In calibration, too: what comes later sees the plain value.
     _, updated = run(EVERYTHING, mutable=["ranges", "observers"], switches=switches(False))
-    equal_trees(updated["ranges"]["last"]["output"], calibrated(without)["last"]["output"])
+    found = traverse_util.flatten_dict(updated["ranges"], sep="/")
+    want = traverse_util.flatten_dict(calibrated(without), sep="/")
+    assert set(found) - set(want) == {f"{name}/{field}" for field in quant.QParams._fields}
+    equal_trees({field: found[field] for field in want}, want)
 
 
 def test_a_switched_table_is_looked_up_plainly():
