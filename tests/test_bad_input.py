@@ -15,8 +15,9 @@ import safetensors.numpy
 from qtx import data, models, quant
 from qtx.errors import UserError
 from qtx.experiments import run
+from qtx.experiments.analyze import analyze
 from qtx.experiments.compare import compare
-from qtx.experiments.config import base, policy_from, quantization, sweeping
+from qtx.experiments.config import analysis, base, policy_from, quantization, sweeping
 from qtx.experiments.plan import parse_axis, parse_range, parse_seeds
 from qtx.experiments.sweep import sweep
 from qtx.methods.calibrate import calibrate
@@ -328,6 +329,49 @@ def test_quantizing_a_model_without_a_trained_head(tiny_config, checkpoint, tmp_
     damage(checkpoint, lambda tensors: [tensors.pop(name) for name in ("classifier.weight", "classifier.bias")])
     tiny_config.model.name, tiny_config.model.fresh_head = str(checkpoint), False
     assert "no trained classifier" in message(run.quantize, tiny_config, tmp_path / "out")
+
+
+@pytest.fixture
+def analysis_config(tiny_config, tmp_path, monkeypatch):
+    """Analyses of the tiny model, of which none may start."""
+    tiny_config.model.fresh_head = False
+    tiny_config.analyses = ("sensitivity", "outliers", "memory")
+    tiny_config.analysis = analysis()
+    for name in ("sensitivity.measure", "outliers.collect", "memory.weight_memory"):
+        monkeypatch.setattr(f"qtx.experiments.analyze.{name}", lambda *a, **k: pytest.fail("an analysis started"))
+    return tiny_config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("analyses", ("sensitivty",), "'sensitivity'"),
+        ("analyses", (), "sensitivity, outliers, memory"),
+        ("analysis.sensitivity.groups", ("**/ffn/residul",), "ffn/residual"),
+        ("analysis.sensitivity.groups", ("y", "x9"), "'x9' matches no quantized site"),
+        ("analysis.sensitivity.groups", (), "no groups"),
+        ("analysis.sensitivity.tables", ("leave",), "'leave_out'"),
+        ("analysis.sensitivity.calibration", "variants", "'variant'"),
+        ("analysis.outliers.k", 0.0, "above 0"),
+        ("analysis.outliers.k", -6.0, "-6.0"),
+        ("analysis.outliers.batches", 0, "at least one"),
+        ("analysis.outliers.sites", ("s",), "leave it out"),
+        ("analysis.outliers.sites", ("hh",), "'hh'"),
+        ("analysis.memory.tokens", 1000, "1 to 32 tokens"),
+        ("calibration.permutation", "published", "calibration.permutation"),
+        ("quant.weight_bits", 32, "full precision"),
+    ],
+)
+def test_analysis_settings(analysis_config, tmp_path, field, value, named):
+    analysis_config.quant.activation_bits = 32 if field == "quant.weight_bits" else 8
+    analysis_config.update_from_flattened_dict({field: value})
+    assert named in message(analyze, analysis_config, tmp_path / "out")
+
+
+def test_analyzing_a_model_without_a_trained_head(analysis_config, checkpoint, tmp_path):
+    damage(checkpoint, lambda tensors: [tensors.pop(name) for name in ("classifier.weight", "classifier.bias")])
+    analysis_config.model.name = str(checkpoint)
+    assert "no trained classifier" in message(analyze, analysis_config, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,29 @@ def _names(config: ConfigDict, prefix: str = "") -> list[str]:
     return found
 
 
+def analysis() -> ConfigDict:
+    """Returns the section that describes analyses of a trained model; see `qtx.experiments.analyze`."""
+    return ConfigDict(
+        {
+            "sensitivity": {
+                # 'name', 'layer', 'site', or groups of one's own: short names and patterns, joined by '+'
+                "groups": ("name",),
+                "tables": ("leave_out", "only"),
+                "calibration": "full_precision",  # 'quantized'; 'variant' is the paper's
+            },
+            "outliers": {
+                "sites": ("h", "y"),  # short names or patterns
+                "k": 6.0,  # standard deviations
+                "batches": 8,  # of calibration.batch_size training examples
+            },
+            "memory": {
+                "batch_size": 1,  # of the activations
+                "tokens": 128,
+            },
+        }
+    )
+
+
 def parse_overrides(text: str, field: str = "quant.overrides") -> dict[str, Value]:
     """Parses `'y=16, h=ngp6, C=fp32'`; raises a `UserError` that shows the broken part of a field."""
     found: dict[str, Value] = {}

@@ -34,7 +34,8 @@ from qtx.train.loop import Phase, Saving, fit
 from qtx.train.report import Table, check_config, save_config
 
 
-def _calibration_options(config: ConfigDict) -> dict[str, Any]:
+def calibration_options(config: ConfigDict) -> dict[str, Any]:
+    """Returns the options of `qtx.methods.calibrate.calibrate` that a configuration sets."""
     c = config.calibration
     return {"share_permutation": c.share_permutation or None, "permutation": c.permutation}
 
@@ -68,7 +69,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
                 experiment.calibration_batches(),
                 optimizer,
                 section.ranges,
-                _calibration_options(config),
+                calibration_options(config),
                 **options,
             )
         )
@@ -197,7 +198,7 @@ def post_training_quantization(
     weights = None
     if rounded is not None:
         params, weights = rounded.params, rounded.ranges
-    ranges = calibrate(model, params, batches, weights=weights, **_calibration_options(experiment.config))
+    ranges = calibrate(model, params, batches, weights=weights, **calibration_options(experiment.config))
     frozen = quantized_weights(policy, sites, params, ranges)
     rest = dataclasses.replace(policy, weights=())
     runnable = experiment.model.clone(policy=rest if rest.activations or rest.inputs else None)
@@ -220,13 +221,7 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """
     workdir = Path(workdir)
     experiment = setup(config)
-    require_trained(experiment)
-    if experiment.model.policy is not None:  # type: ignore[attr-defined]
-        raise UserError(f"{config.model.name} is quantized already; give the full-precision checkpoint")
-    policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
-    if policy is None:
-        raise UserError("`quant` keeps everything in full precision; set weight_bits or activation_bits below 32")
-    check_policy(policy, experiment.sites())
+    policy = policy_to_apply(experiment)
     rounding = adaround_from(config.adaround) if config.quant.adaround else None
     batches = experiment.calibration_batches()
     save_config(config, workdir)
@@ -270,6 +265,19 @@ def evaluate(config: ConfigDict, workdir: str | Path | None = None) -> dict[str,
         save_config(config, workdir)
         write_text(Path(workdir) / "result.json", json.dumps(values, indent=2))
     return values
+
+
+def policy_to_apply(experiment: Experiment) -> Policy:
+    """Returns the policy of `quant` for a trained checkpoint in full precision, or raises a `UserError`."""
+    config = experiment.config
+    require_trained(experiment)
+    if experiment.model.policy is not None:  # type: ignore[attr-defined]
+        raise UserError(f"{config.model.name} is quantized already; give the full-precision checkpoint")
+    policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
+    if policy is None:
+        raise UserError("`quant` keeps everything in full precision; set weight_bits or activation_bits below 32")
+    check_policy(policy, experiment.sites())
+    return policy
 
 
 def require_trained(experiment: Experiment) -> None:

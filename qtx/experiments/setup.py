@@ -77,15 +77,18 @@ class Experiment:
             shard_count=jax.process_count(),
         )
 
-    def calibration_batches(self) -> list[tuple[np.ndarray, ...]]:
-        """Returns the model's arguments for the first training batches (no filler rows, one padded length)."""
+    def calibration_batches(self, count: int | None = None) -> list[tuple[np.ndarray, ...]]:
+        """Returns the model's arguments for the first training batches (no filler rows, one padded length).
+
+        Args:
+          count: how many at most; None: `calibration.batches`.
+        """
         c = self.config.calibration
         if c.batches < 1:
             raise UserError(f"calibration.batches is {c.batches}: calibration needs at least one batch")
-        if c.batch_size > len(self.encoded["train"]):
-            count = len(self.encoded["train"])
-            raise UserError(f"calibration.batch_size {c.batch_size} is more than the {count} training examples")
-        return self._first_batches(c.batches, c.batch_size)
+        if c.batch_size > (examples := len(self.encoded["train"])):
+            raise UserError(f"calibration.batch_size {c.batch_size} is more than the {examples} training examples")
+        return self._first_batches(c.batches if count is None else count, c.batch_size)
 
     def rounding_batches(self) -> list[tuple[np.ndarray, ...]]:
         """Returns the model's arguments for the first training examples, as many as `adaround.examples`, in batches of 32."""
@@ -101,23 +104,33 @@ class Experiment:
         found = Batches(encoded, batch_size, longest, seed=self.config.seed, pad_id=self.pretrained.config.pad_token_id)
         return [inputs(b) for b in (found[i] for i in range(found.batches_per_epoch)) if b["weights"].all()][:count]
 
-    def sites(self) -> dict[str, SiteInfo]:
-        """Returns the sites of the model."""
-        return list_sites(self.model, {"params": self.pretrained.params}, *models.example_inputs())
+    def sites(self, *args: Any) -> dict[str, SiteInfo]:
+        """Returns the sites of the model, for its arguments or, without any, for the example ones."""
+        return list_sites(self.model, {"params": self.pretrained.params}, *(args or models.example_inputs()))
 
     def evaluate(self, model: nn.Module, variables: Mapping[str, Any]) -> dict[str, float]:
         """Returns the task's metrics on its validation splits, with `score`, their mean.
 
         MNLI's second validation split has its metrics under `mismatched_...`, and the score is the mean of both.
         """
+        return self.metrics(self.logits(model, variables))
+
+    def logits(self, model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Returns the logits `[N, C]` of the task's validation splits."""
+        found: dict[str, np.ndarray] = {}
+        for split in ("validation", "validation_mismatched"):
+            if split in self.encoded:
+                batches = self.batches(split, self.config.data.eval_batch_size, shuffle=False, epochs=1)
+                found[split] = predict(model, variables, batches, self.mesh)
+        return found
+
+    def metrics(self, logits: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Returns the metrics of what `logits` gave; see `evaluate`."""
         found: dict[str, float] = {}
         scores = []
-        for split, prefix in (("validation", ""), ("validation_mismatched", "mismatched_")):
-            if split not in self.encoded:
-                continue
-            batches = self.batches(split, self.config.data.eval_batch_size, shuffle=False, epochs=1)
-            logits = predict(model, variables, batches, self.mesh)
-            predictions = metrics.predictions_from_logits(logits, self.task.is_regression)
+        for split, its_logits in logits.items():
+            prefix = "" if split == "validation" else "mismatched_"
+            predictions = metrics.predictions_from_logits(its_logits, self.task.is_regression)
             values = metrics.compute(self.task.metrics, predictions, self.encoded[split].labels)
             found |= {prefix + name: value for name, value in values.items()}
             scores.append(metrics.score(values))

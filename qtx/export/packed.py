@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from qtx.models.families import Family, example_inputs, get_family
 from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo, check_policy, list_sites
 from qtx.quant import estimators, grid, rows
-from qtx.quant.pack import pack, pack_trits, packed_size, trits_size, unpack, unpack_trits
+from qtx.quant.pack import pack, pack_trits, unpack, unpack_trits
 from qtx.quant.policy import Policy, Rule
 from qtx.quant.spec import Granularity, MinMax, Search, Spec
 
@@ -161,31 +160,6 @@ def _weight_spec(policy: Policy, sites: Mapping[str, SiteInfo], name: str) -> Sp
     return None if spec is None or info is None else spec.at(info.channel_axis, len(info.shape))
 
 
-def weight_bytes(policy: Policy, sites: Mapping[str, SiteInfo], params: Mapping[str, Any]) -> dict[str, int]:
-    """Returns what every parameter takes in a packed file, in bytes: integers, scales and zero points, or float32.
-
-    Args:
-      policy: decides which weights are packed, and how.
-      sites: from `list_sites`.
-      params: nested parameters; `jax.ShapeDtypeStruct`s do.
-    """
-
-    def size(name: str, shape: tuple[int, ...]) -> int:
-        spec, count = _weight_spec(policy, sites, name), math.prod(shape)
-        if spec is None:
-            return 4 * count
-        payload = trits_size(count) if spec.scheme == "ternary" else packed_size(count, spec.bits)
-        per_row = 4 + (_zero_point_dtype(spec).itemsize if spec.scheme == "asymmetric" else 0)
-        return payload + per_row * (rows.row_count(spec.granularity, shape) or 1)
-
-    return {name: size(name, value.shape) for name, value in traverse_util.flatten_dict(params, sep="/").items()}
-
-
-def total_weight_bytes(policy: Policy, sites: Mapping[str, SiteInfo], params: Mapping[str, Any]) -> int:
-    """Returns the sum of `weight_bytes`: all parameters as a packed file holds them, without names and ranges."""
-    return sum(weight_bytes(policy, sites, params).values())
-
-
 def _zero_point_dtype(spec: Spec) -> np.dtype:
     return np.dtype(np.uint8 if spec.bits <= 8 else np.uint16)
 
@@ -276,7 +250,7 @@ def save_quantized(
       tokenizer: a `transformers` tokenizer, saved beside the weights.
 
     Returns:
-      Bytes of the weights: `total_weight_bytes`, without the activation ranges and the header.
+      Bytes of the weights with their scales, without the activation ranges and the header.
 
     Raises:
       UserError: if parameters or policy do not fit the model, or a static range is missing.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -182,19 +183,35 @@ def calibrate(
     if not observed:
         return ranges
     groups = permutation_groups(model, params, batches, sites, share_permutation, published=permutation == "published")
+    return activation_ranges(model, {"params": params, "groups": groups, "ranges": ranges}, batches)
 
-    # Parameters are arguments: as constants of the compiled function they double the time of compilation.
-    @jax.jit
-    def step(params: Any, collections: dict[str, Any], args: Args) -> dict[str, Any]:
-        given = {"params": params, "groups": groups, **collections}
-        _, updated = model.apply(given, *args, mutable=["ranges", "observers"])
-        return dict(updated)
 
-    collections: dict[str, Any] = {"ranges": ranges}
+def activation_ranges(model: nn.Module, variables: Mapping[str, Any], batches: Sequence[Args]) -> dict[str, Any]:
+    """Completes the ranges of the weights by those of activations and inputs: the pass over the data of `calibrate`.
+
+    Calls with the same model and the same shapes share one compiled program, whatever the values of `switches`.
+
+    Args:
+      model: a module with a policy that fits it.
+      variables: `params`, `ranges` of the weights, `groups` where the policy permutes, and whatever else sites read.
+      batches: argument tuples for the model; statistics follow their order.
+
+    Returns:
+      The whole `ranges` collection.
+    """
+    fixed = {name: value for name, value in variables.items() if name != "ranges"}
+    collections: dict[str, Any] = {"ranges": variables["ranges"]}
     for args in batches:
-        collections = step(params, collections, args)
-        _check_finite(collections["ranges"], "the calibration data or the activations hold NaN or infinity")
-    return collections["ranges"]
+        collections = _observe(model, fixed, collections, args)
+        _check_finite(collections.get("ranges", {}), "the calibration data or the activations hold NaN or infinity")
+    return collections.get("ranges", {})
+
+
+# Parameters are arguments: as constants of the compiled function they double the time of compilation.
+@partial(jax.jit, static_argnums=0)
+def _observe(model: nn.Module, fixed: dict[str, Any], collections: dict[str, Any], args: Args) -> dict[str, Any]:
+    _, updated = model.apply(fixed | collections, *args, mutable=["ranges", "observers"])
+    return dict(updated)
 
 
 def _check_finite(ranges: Mapping[str, Any], reason: str) -> None:

@@ -75,6 +75,20 @@ def expand(kind: Kind, name: str) -> tuple[str, ...]:
     return tuple(pattern.replace("{i}", found[2] or "*") for pattern in table[found[1]])
 
 
+def short_name(kind: Kind, name: str) -> str | None:
+    """Returns the short name of one site with the number of its layer, such as `y11`; None if it has none.
+
+    Names of whole layers (`L`) are left out; of several the first in `ALIASES` counts.
+    """
+    for alias, patterns in ALIASES[kind].items():
+        for pattern in patterns:
+            expression = re.escape(pattern).replace(r"\{i\}", r"(\d+)").replace(r"\*", "[^/]*")
+            found = None if "**" in pattern else re.fullmatch(expression, name)
+            if found:
+                return alias + "".join(found.groups())
+    return None
+
+
 Rules = Spec | Mapping[str, Spec | None] | None
 
 

@@ -13,6 +13,7 @@ module's `policy` and by the variable collections that are passed to `apply`, in
     detach       holds the name: the gradient is cut where the flag is true
     observers    mutable: the range is estimated from the value (calibration)
     ranges       scale and zero point in use; trained when the spec says `range='learned'`
+    switches     holds the name: the grid is used where the flag is true; one program serves every choice of sites
 
 Without a policy and collections a site is its argument: parameters and values are those of the plain model.
 """
@@ -103,7 +104,11 @@ def site(
         return x if lookup is None else jnp.take(x, lookup, axis=0)
     spec = spec.at(channel_axis, x.ndim)
     params = _params(module, role, x, spec, kind, where)
-    return grid.fake_quant(spec, x, params) if lookup is None else grid.fake_quant_rows(spec, x, lookup, params)
+    y = grid.fake_quant(spec, x, params) if lookup is None else grid.fake_quant_rows(spec, x, lookup, params)
+    if module.has_variable("switches", role):
+        plain = x if lookup is None else jnp.take(x, lookup, axis=0)
+        y = jnp.where(module.get_variable("switches", role), y, plain)
+    return y
 
 
 def _params(

@@ -372,15 +372,13 @@ def predict(model: nn.Module, variables: Mapping[str, Any], batches: Batches, me
 
     Args:
       model: with the policy that `variables['ranges']` belong to.
-      variables: `params` and `ranges`.
+      variables: `params`, `ranges` and whatever else sites read, such as `switches`.
       batches: one epoch, not shuffled.
       mesh: where to compute.
     """
     with jax.set_mesh(mesh):
-        placed = {
-            "params": shard_tree(variables["params"], mesh),
-            "ranges": replicate(variables.get("ranges", {}), mesh),
-        }
+        placed = {name: replicate(tree, mesh) for name, tree in variables.items() if name != "params"}
+        placed["params"] = shard_tree(variables["params"], mesh)
         found = [_logits(model, placed, shard_batch(batch, mesh)) for batch in batches]
     logits, indices = zip(*jax.device_get(found), strict=True)
     return in_order(logits, indices, len(batches.encoded))

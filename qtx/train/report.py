@@ -163,6 +163,36 @@ class Table:
         return [bool(values) and all(map(_is_number, values)) for values in filled]
 
 
+INK, ACCENT, GREY, AMBER = "#1f2933", "#2563eb", "#7b8794", "#c2610c"
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """Returns a figure in the style of all plots of a run, and its axes `[rows, columns]`.
+
+    Args:
+      width: in inches; so is `height`.
+      height: see `width`.
+      rows: of axes.
+      columns: of axes.
+      **options: for `Figure.subplots`, such as `sharex`.
+    """
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#cbd2d9")
+        axes.tick_params(colors=GREY, labelcolor=INK)
+        axes.set_axisbelow(True)
+    return figure, grid
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a PNG atomically; its directories are made."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png")
+
+
 def plot_accuracy_against_size(
     points: Sequence[tuple[str, float, float]],
     path: str | os.PathLike[str],
@@ -187,46 +217,39 @@ def plot_accuracy_against_size(
         if size <= 0:
             raise UserError(f"model {label!r} has size {size}: sizes are bytes, above 0")
     points = sorted(points, key=lambda point: point[1])
-    ink, accent, grey, amber = "#1f2933", "#2563eb", "#7b8794", "#c2610c"
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#cbd2d9")
-    axes.tick_params(colors=grey, labelcolor=ink)
+    figure, ((axes,),) = new_figure(8, 5)
+    canvas: Any = figure.canvas
     axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))
-    axes.set_xlabel("model size (MiB, log scale)", color=ink)
-    axes.set_ylabel(ylabel, color=ink)
+    axes.set_xlabel("model size (MiB, log scale)", color=INK)
+    axes.set_ylabel(ylabel, color=INK)
 
     sizes, scores = [size / 2**20 for _, size, _ in points], [float(score) for _, _, score in points]
     axes.set_xlim(min(sizes) / 1.8, max(sizes) * 1.8)
     levels = scores + ([baseline[1]] if baseline else [])
     margin = 0.12 * (max(levels) - min(levels)) or 0.05 * abs(levels[0]) or 0.05
     axes.set_ylim(min(levels) - margin, max(levels) + margin)
-    colors = [accent] * (len(points) - 1) + [grey]
+    colors = [ACCENT] * (len(points) - 1) + [GREY]
     axes.scatter(sizes, scores, s=54, color=colors, edgecolor="white", linewidth=1.2, zorder=3)
 
     canvas.draw()  # fixes the layout, which the placing of labels measures
     dots = axes.transData.transform(list(zip(sizes, scores, strict=True)))
     taken = [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9) for x, y in dots]
-    lines = [(f"{points[-1][0]} ({scores[-1]:.4g})", scores[-1], grey)]
+    lines = [(f"{points[-1][0]} ({scores[-1]:.4g})", scores[-1], GREY)]
     if baseline:
-        lines.append((f"{baseline[0]} ({baseline[1]:.4g})", baseline[1], amber))
+        lines.append((f"{baseline[0]} ({baseline[1]:.4g})", baseline[1], AMBER))
     for text, level, color in lines:
         axes.axhline(level, color=color, linestyle=(0, (5, 4)), linewidth=1.2, zorder=1)
         ends = [(_FRACTION[place[2]], level, *place) for place in _ALONG]
         taken.append(_place(axes, canvas, text, ends, axes.get_yaxis_transform(), color, taken))
     for (label, _, _), x, y in zip(points[:-1], sizes, scores, strict=False):  # the largest is named on its line
         around = [(x, y, *place) for place in _AROUND]
-        taken.append(_place(axes, canvas, label, around, axes.transData, ink, taken))
+        taken.append(_place(axes, canvas, label, around, axes.transData, INK, taken))
 
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png")
+    save_figure(figure, path)
 
 
 # Offset in points and alignment of a label, best first: along a horizontal line, and around a dot.

@@ -16,6 +16,7 @@ from qtx.models import load
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = {
+    "analyze": ["w8a8", "paper", "smoke"],
     "finetune": ["film_reviews", "bbc_news", "rte", "smoke"],
     "ptq": ["w8a8", "w8a8_mixed", "w8a8_peg", "w8a32", "w4a8", "w4a32", "ternary", "published", "smoke"],
     "efficient_transformer_quantization": ["table1", "mixed", "peg", "main", "low_bit", "minilm", "smoke"],

@@ -9,6 +9,7 @@ import pytest
 import safetensors.numpy
 from flax import traverse_util
 
+from qtx.analysis.memory import range_memory, weight_memory
 from qtx.errors import UserError
 from qtx.export import packed
 from qtx.export.packed import load_quantized, policy_from_json, policy_to_json, save_quantized
@@ -105,12 +106,14 @@ def test_round_trip(tmp_path, params, sites, ranges_of, name):
     equal(flat, {key: value for key, value in before.items() if not key.startswith(weights)})
 
     stored = safetensors.numpy.load_file(tmp_path / packed.WEIGHTS_FILE)
-    sizes = packed.weight_bytes(POLICIES[name], sites, params)
+    sizes = {item.name: item.stored for item in weight_memory(POLICIES[name], sites, params)}
     assert sizes == {
         key: sum(array.nbytes for held, array in stored.items() if held.partition(":")[0] == key) for key in sizes
     }
     total = sum(array.nbytes for key, array in stored.items() if not key.startswith("ranges/"))
-    assert count == total == packed.total_weight_bytes(POLICIES[name], sites, params)
+    assert count == total == sum(sizes.values())
+    held = sum(array.nbytes for key, array in stored.items() if key.startswith("ranges/"))
+    assert held == sum(item.stored for item in range_memory(POLICIES[name], sites))
 
 
 @pytest.mark.parametrize("name", ["8 bits", "groups", "log", "ternary", "binary, inputs"])
@@ -126,7 +129,7 @@ def test_logits_are_those_of_the_model_in_memory(tmp_path, params, ranges_of, na
 
 
 def test_ternary_takes_eight_fifths_of_a_bit(sites, params):
-    sizes = packed.weight_bytes(POLICIES["ternary"], sites, params)
+    sizes = {item.name: item.stored for item in weight_memory(POLICIES["ternary"], sites, params)}
     assert sizes["encoder/embeddings/word/table"] == -(-32 * 16 // 5) + 4
     assert sizes["encoder/layer_0/ffn/up/kernel"] == -(-16 * 32 // 5) + 4 * 32
     assert sizes["encoder/layer_0/ffn/up/bias"] == 4 * 32

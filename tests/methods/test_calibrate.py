@@ -9,7 +9,8 @@ from flax import traverse_util
 
 from qtx import quant
 from qtx.errors import UserError
-from qtx.methods.calibrate import calibrate, permutation_groups, quantized_weights, stored_qparams
+from qtx.methods import calibrate as calibration
+from qtx.methods.calibrate import activation_ranges, calibrate, permutation_groups, quantized_weights, stored_qparams
 from qtx.nn import BertClassifier, Dense, list_sites, policy, site
 from qtx.quant import rows
 from qtx.quant.policy import Policy
@@ -333,3 +334,22 @@ def test_bert_with_everything_on_a_fine_grid_is_the_plain_model():
     want = BertClassifier(tiny.ONE_LAYER).apply({"params": ONE_LAYER}, *args).logits
     np.testing.assert_allclose(got, want, atol=5e-3)
     assert np.any(np.asarray(got) != np.asarray(want))
+
+
+def test_activation_ranges_are_calibrated_without_a_new_program():
+    """With other switches the same program serves; without anything to observe the ranges stay as they are."""
+    rules = policy(activations=quant.asymmetric(8))
+    model, given = Small(rules), {"params": PARAMS, "ranges": {}}
+    whole = activation_ranges(model, given, BATCHES)
+    jax.tree.map(np.testing.assert_array_equal, whole, calibrate(model, PARAMS, BATCHES))
+
+    def switched(flag):
+        switches = {"first": {"output": np.bool_(flag)}, "middle": np.bool_(flag)}
+        return activation_ranges(model, given | {"switches": switches}, BATCHES)
+
+    on = switched(True)
+    before = calibration._observe._cache_size()
+    off = switched(False)
+    assert calibration._observe._cache_size() == before
+    assert float(on["last"]["output"]["scale"]) != float(off["last"]["output"]["scale"])
+    assert activation_ranges(Small(policy(quant.ternary())), given, BATCHES) == {}

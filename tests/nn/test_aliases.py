@@ -8,6 +8,8 @@ import pytest
 from qtx import quant
 from qtx.errors import UserError
 from qtx.nn import BertClassifier, check_policy, list_sites, policy
+from qtx.nn.aliases import expand, short_name
+from qtx.quant.policy import matches
 from tests.nn import tiny
 
 SPEC = quant.symmetric(4)
@@ -151,3 +153,22 @@ def test_a_layer_that_does_not_exist():
 def test_policies_from_names_are_hashable_values():
     one, same = (policy(SPEC, {"y": quant.asymmetric(16), "s": None}) for _ in range(2))
     assert one == same and hash(one) == hash(same) and len({one, same}) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "short"),
+    [
+        ("activation", "encoder/layer_11/ffn/residual", "y11"),
+        ("activation", "encoder/embeddings/sum_position", "e"),
+        ("activation", "encoder/embeddings/norm/output", None),
+        ("activation", "classifier/output", "C"),
+        ("weight", "classifier/kernel", "wC"),
+        ("weight", "encoder/layer_2/attention/out/kernel", "MHA2"),
+        ("weight", "encoder/layer_2/attention/norm/scale", None),
+        ("activation", "classifier/kernel", None),
+    ],
+)
+def test_short_names_of_sites(kind, name, short):
+    assert short_name(kind, name) == short
+    if short:
+        assert any(matches(pattern, name) for pattern in expand(kind, short))

@@ -11,9 +11,9 @@ from flax import traverse_util
 
 from qtx import quant
 from qtx.errors import UserError
-from qtx.nn import BertClassifier, BertConfig, Dense, check_policy, list_sites, policy, site
+from qtx.nn import BertClassifier, BertConfig, Dense, Embed, check_policy, list_sites, policy, site
 from qtx.nn.sites import SiteInfo
-from qtx.quant.policy import Policy
+from qtx.quant.policy import Policy, Rule
 from tests.nn import tiny
 
 
@@ -299,6 +299,43 @@ def test_masters_keep_their_gradient():
     ranges = calibrated(EVERYTHING)
     gradient = jax.grad(lambda p: jnp.sum(run(EVERYTHING, params=p, ranges=ranges) ** 2))(PARAMS)
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradient))
+
+
+# Switches
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("first/kernel", "weights"), ("first/input", "inputs"), ("last/output", "activations")]
+)
+def test_a_site_that_is_switched_off_is_as_without_a_rule(name, kind):
+    own = getattr(EVERYTHING, kind) + (Rule(name, None),)
+    without = dataclasses.replace(EVERYTHING, **{kind: own})
+    ranges = calibrated(EVERYTHING)
+    outputs = jax.jit(lambda switches: run(EVERYTHING, ranges=ranges, switches=switches))
+
+    def switches(flag):
+        return traverse_util.unflatten_dict({name: jnp.asarray(flag)}, sep="/")
+
+    on, off = outputs(switches(True)), outputs(switches(False))
+    assert outputs._cache_size() == 1
+    np.testing.assert_allclose(on, run(EVERYTHING, ranges=ranges), rtol=1e-5)
+    np.testing.assert_allclose(off, run(without, ranges=ranges), rtol=1e-5)
+    assert np.any(np.abs(on - off) > 1e-3)
+    # In calibration, too: what comes later sees the plain value.
+    _, updated = run(EVERYTHING, mutable=["ranges", "observers"], switches=switches(False))
+    found = traverse_util.flatten_dict(updated["ranges"], sep="/")
+    want = traverse_util.flatten_dict(calibrated(without), sep="/")
+    assert set(found) - set(want) == {f"{name}/{field}" for field in quant.QParams._fields}
+    equal_trees({field: found[field] for field in want}, want)
+
+
+def test_a_switched_table_is_looked_up_plainly():
+    ids, table = jnp.array([[1, 2, 2]]), {"params": {"table": jnp.arange(12.0).reshape(4, 3) ** 2}}
+    embed = Embed(4, 3, policy=policy(weights=quant.symmetric(3, range="dynamic")))
+    plain, quantized = Embed(4, 3).apply(table, ids), embed.apply(table, ids)
+    assert np.any(plain != quantized)
+    np.testing.assert_array_equal(embed.apply(table | {"switches": {"table": False}}, ids), plain)
+    np.testing.assert_array_equal(embed.apply(table | {"switches": {"table": True}}, ids), quantized)
 
 
 # Policies that do not fit

@@ -1,0 +1,176 @@
+"""What a quantized model takes: bytes of weights, ranges and activations, by site and in all, from shapes alone.
+
+    weights = weight_memory(policy, sites, abstract_params(family, config))
+    totals(weights + range_memory(policy, sites))
+
+Papers count the weights in two ways, and neither counts scales (Bondarenko et al. 2021, table 7, leaves open which it is):
+
+    plain          every parameter at the bits of its module's weight, biases too
+    biases at 32   every quantized weight at its bits, what is never quantized (biases, shifts of norms) at 32
+
+`stored` is what the packed artifact holds: whole bytes for each tensor, with scales, zero points and permutation indices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flax import traverse_util
+
+from qtx.nn.sites import SiteInfo
+from qtx.quant import rows
+from qtx.quant.pack import packed_size, trits_size
+from qtx.quant.policy import Kind, Policy
+from qtx.quant.spec import Spec
+from qtx.train.report import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One tensor, or the ranges of one activation.
+
+    Attributes:
+      name: of the site or parameter.
+      count: number of values; 0 for ranges.
+      bits: of a value as quantized; 32 for full precision, log2(3) for ternary.
+      plain_bits: as `bits`; for what is never quantized, the bits of its module's weight.
+      payload: bytes of the values.
+      scales: bytes of the scales.
+      zero_points: bytes of zero points, and of the flag that says whether a range has a sign.
+      indices: bytes of the groups of permuted channels.
+    """
+
+    name: str
+    count: int
+    bits: float
+    plain_bits: float
+    payload: int
+    scales: int = 0
+    zero_points: int = 0
+    indices: int = 0
+
+    @property
+    def stored(self) -> int:
+        """Bytes in all."""
+        return self.payload + self.scales + self.zero_points + self.indices
+
+
+def _spec(policy: Policy | None, kind: Kind, name: str, info: SiteInfo) -> Spec | None:
+    spec = None if policy is None else policy.spec(kind, name)
+    return None if spec is None else spec.at(info.channel_axis, len(info.shape))
+
+
+def _bits(spec: Spec | None) -> float:
+    return 32 if spec is None else math.log2(3) if spec.scheme == "ternary" else spec.bits
+
+
+def _payload(spec: Spec | None, count: int) -> int:
+    if spec is not None and spec.scheme == "ternary":
+        return trits_size(count)
+    return packed_size(count, 32 if spec is None else spec.bits)
+
+
+def weight_memory(policy: Policy | None, sites: Mapping[str, SiteInfo], params: Mapping[str, Any]) -> tuple[Item, ...]:
+    """Returns an item for every parameter, as a packed file holds it.
+
+    Args:
+      policy: decides which weights are packed, and how; None: none is.
+      sites: from `list_sites`.
+      params: nested parameters; `jax.ShapeDtypeStruct`s do.
+    """
+    specs = {name: _spec(policy, "weight", name, info) for name, info in sites.items() if info.kind == "weight"}
+    of_module = {name.rpartition("/")[0]: _bits(spec) for name, spec in specs.items()}
+    items = []
+    for name, value in traverse_util.flatten_dict(params, sep="/").items():
+        spec, count = specs.get(name), math.prod(value.shape)
+        plain = _bits(spec) if name in specs else of_module.get(name.rpartition("/")[0], 32)
+        ranges = 0 if spec is None else rows.row_count(spec.granularity, value.shape) or 1
+        zero_point = 0 if spec is None or spec.scheme != "asymmetric" else 1 if spec.bits <= 8 else 2
+        items.append(Item(name, count, _bits(spec), plain, _payload(spec, count), 4 * ranges, zero_point * ranges))
+    return tuple(items)
+
+
+def range_memory(policy: Policy | None, sites: Mapping[str, SiteInfo]) -> tuple[Item, ...]:
+    """Returns an item for the stored range of every activation and input; dynamic ranges are not stored.
+
+    Args:
+      policy: decides about the ranges.
+      sites: from `list_sites`.
+    """
+    items = []
+    for name, info in sites.items():
+        spec = None if info.kind == "weight" else _spec(policy, info.kind, name, info)
+        if spec is None or spec.range == "dynamic":
+            continue
+        count = rows.row_count(spec.granularity, info.shape) or 1
+        indices = 4 * info.shape[-1] if spec.granularity.permute else 0
+        items.append(Item(name, 0, 32, 32, 0, 4 * count, 4 * count + 1, indices))
+    return tuple(items)
+
+
+def activation_memory(policy: Policy | None, sites: Mapping[str, SiteInfo]) -> tuple[Item, ...]:
+    """Returns an item for every activation, with the bytes that it takes at its bits.
+
+    Args:
+      policy: decides about the bits.
+      sites: from `list_sites`, called with the batch size and length that are wanted; shapes come from there.
+    """
+    items = []
+    for name, info in sites.items():
+        if info.kind == "activation":
+            spec, count = _spec(policy, "activation", name, info), math.prod(info.shape)
+            items.append(Item(name, count, _bits(spec), _bits(spec), _payload(spec, count)))
+    return tuple(items)
+
+
+def totals(items: Iterable[Item]) -> dict[str, float]:
+    """Returns bytes: `float32`, the two published conventions `plain` and `biases at 32`, and `stored`."""
+    items = tuple(items)
+    return {
+        "float32": 4 * sum(item.count for item in items),
+        "plain": sum(item.count * item.plain_bits for item in items) / 8,
+        "biases at 32": sum(item.count * item.bits for item in items) / 8,
+        "stored": sum(item.stored for item in items),
+    }
+
+
+def share(items: Iterable[Item], bits: float) -> tuple[float, float]:
+    """Returns which part of the values, and which part of the tensors, has so many bits.
+
+    The paper's "about 22 %" of 16-bit activations in mixed precision is the part of the tensors (x, h and y: 36 of 161
+    in BERT-base). Of the values it is less, because probabilities, scores and GELU outputs are large tensors.
+    """
+    items = tuple(items)
+    chosen = [item for item in items if item.bits == bits]
+    return sum(item.count for item in chosen) / sum(item.count for item in items), len(chosen) / len(items)
+
+
+def totals_table(items: Iterable[Item]) -> Table:
+    """Returns the totals with their ratio to float32."""
+    found = totals(items)
+    rows = [[name, size / 2**20, found["float32"] / size] for name, size in found.items()]
+    return Table(["counted", "MiB", "smaller by"], rows, {"MiB": ".3f", "smaller by": ".2f"})
+
+
+def sites_table(items: Iterable[Item]) -> Table:
+    """Returns the bytes by site; what differs in the number of its layer alone shares a row."""
+    merged: dict[tuple[str, float], list[Item]] = {}
+    for item in items:
+        merged.setdefault((re.sub(r"layer_\d+", "layer_*", item.name), item.bits), []).append(item)
+    rows = [
+        [
+            name,
+            len(found),
+            sum(item.count for item in found),
+            bits,
+            *(sum(getattr(item, field) for item in found) for field in ("payload", "scales", "zero_points", "indices")),
+        ]
+        for (name, bits), found in merged.items()
+    ]
+    columns = ["site", "tensors", "values", "bits", "bytes", "of scales", "of zero points", "of indices"]
+    numbers = {column: ",d" for column in columns[2:] if column != "bits"}
+    return Table(columns, rows, numbers | {"bits": ".3g"})

@@ -1,0 +1,187 @@
+"""Look into a trained model: which quantizers cost its score, where its outliers are, what its tensors weigh.
+
+`config.analyses` names what is done, `config.analysis` says how. The run directory gets the tables as Markdown and CSV, the
+plots and a `report.md` with all of them. A sensitivity that was interrupted goes on after its last variant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from qtx.analysis import memory, outliers, sensitivity
+from qtx.errors import UserError, near_misses
+from qtx.experiments.run import calibration_options, policy_to_apply
+from qtx.experiments.setup import Experiment, setup
+from qtx.files import write_text
+from qtx.quant.policy import Policy
+from qtx.train.report import Table, check_config, save_config
+
+Part = Callable[[Path], list["str | Table"]]  # writes its files and returns what the report says
+
+
+def analyze(config: ConfigDict, workdir: str | Path) -> str:
+    """Runs the analyses of a configuration on a trained checkpoint.
+
+    Args:
+      config: with `analyses` and `analysis`; see `configs/analyze.py`.
+      workdir: run directory.
+
+    Returns:
+      The text of `report.md`.
+
+    Raises:
+      UserError: on anything that does not fit, before the first analysis starts.
+    """
+    workdir = Path(workdir)
+    if not config.analyses:
+        raise UserError(f"no analyses to do; choose from {', '.join(ANALYSES)}")
+    for name in config.analyses:
+        if name not in ANALYSES:
+            raise UserError(f"unknown analysis {name!r}{near_misses(name, ANALYSES)}")
+    experiment = setup(config)
+    policy = policy_to_apply(experiment)
+    parts = {name: ANALYSES[name](experiment, policy) for name in config.analyses}
+    if (workdir / "config.json").is_file():
+        check_config(config, workdir)
+    save_config(config, workdir)
+    lines = [f"# {config.model.name} on {experiment.task.name}"]
+    for name, part in parts.items():
+        lines.append(f"## {name.capitalize()}")
+        for block in part(workdir):
+            if isinstance(block, Table):
+                block.print()
+            lines.append(block.markdown().rstrip() if isinstance(block, Table) else block)
+    text = "\n\n".join(lines) + "\n"
+    write_text(workdir / "report.md", text)
+    return text
+
+
+def _sensitivity(experiment: Experiment, policy: Policy) -> Part:
+    c = experiment.config.analysis.sensitivity
+    options = calibration_options(experiment.config)
+    if options.pop("permutation") != "full_precision":
+        raise UserError("sensitivity finds permutations in full precision: set calibration.permutation to that")
+    groups = sensitivity.make_groups(tuple(c.groups), policy, experiment.sites())
+    sensitivity.check(tuple(c.tables), c.calibration)
+    batches = experiment.calibration_batches()
+
+    def run(workdir: Path) -> list[str | Table]:
+        plain = experiment.logits(experiment.model, experiment.variables)
+        size = sum(float(np.sum(np.square(logits))) for logits in plain.values())
+
+        def evaluate(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, float]:
+            logits = experiment.logits(model, variables)
+            off = sum(float(np.sum(np.square(logits[split] - plain[split]))) for split in plain)
+            return experiment.metrics(logits) | {"error": (off / max(size, 1e-30)) ** 0.5}
+
+        scores = sensitivity.measure(
+            experiment.model.clone(policy=policy),
+            experiment.pretrained.params,
+            batches,
+            groups,
+            evaluate,
+            tables=tuple(c.tables),
+            calibration=c.calibration,
+            path=workdir / "sensitivity.jsonl",
+            **options,
+        )
+        found = sensitivity.summary(scores, groups)
+        table = found.table()
+        table.save(workdir, "sensitivity")
+        sensitivity.plot(found, workdir / "sensitivity.png")
+        count = len(experiment.encoded["validation"])
+        note = (
+            f"Scores on {count} examples, one of which is about {1 / count:.4f}; errors of the logits relative to their norm "
+            f"in full precision. Calibration: {c.calibration}."
+        )
+        return [found.culprit, note, table, "![sensitivity](sensitivity.png)"]
+
+    return run
+
+
+def _outliers(experiment: Experiment, policy: Policy) -> Part:
+    c = experiment.config.analysis.outliers
+    outliers.check(c.k, c.batches)
+    names = outliers.choose_sites(tuple(c.sites), experiment.sites())
+    batches = experiment.calibration_batches(c.batches)
+
+    def run(workdir: Path) -> list[str | Table]:
+        sizes = experiment.pretrained.config
+        found = outliers.collect(
+            experiment.model,
+            experiment.pretrained.params,
+            batches,
+            names,
+            vocab_size=sizes.vocab_size,
+            positions=sizes.max_positions,
+            k=c.k,
+        )
+
+        def token(number: int) -> str:
+            return str(experiment.tokenizer.convert_ids_to_tokens(number))
+
+        tables = {
+            "outlier_sites": outliers.sites_table(found, token),
+            "outlier_dimensions": outliers.dimensions_table(found),
+            "outlier_tokens": outliers.tokens_table(found, token),
+        }
+        for name, table in tables.items():
+            table.save(workdir, name)
+        outliers.plot_ranges(found, workdir / "ranges.png", per_row=len(c.sites))
+        pictures = ["![range of every dimension](ranges.png)"]
+        if len({len(statistics.outliers) for statistics in found.values()}) == 1:
+            outliers.plot_counts(found, workdir / "outliers.png")
+            pictures.append("![outliers by site and dimension](outliers.png)")
+        tokens = int(next(iter(found.values())).tokens)
+        note = f"Values beyond {c.k:g} standard deviations of their tensor, over {tokens} tokens of {len(batches)} batches."
+        return [note, *tables.values(), *pictures]
+
+    return run
+
+
+def _memory(experiment: Experiment, policy: Policy) -> Part:
+    c = experiment.config.analysis.memory
+    if c.batch_size < 1 or not 1 <= c.tokens <= experiment.pretrained.config.max_positions:
+        most = experiment.pretrained.config.max_positions
+        raise UserError(
+            f"analysis.memory: {c.batch_size} x {c.tokens} tokens; give 1 to {most} tokens of at least 1 text"
+        )
+
+    def run(workdir: Path) -> list[str | Table]:
+        shape = jax.ShapeDtypeStruct((c.batch_size, c.tokens), jnp.int32)
+        sites = experiment.sites(shape, shape, shape)
+        weights = memory.weight_memory(policy, sites, experiment.pretrained.params)
+        ranges = memory.range_memory(policy, sites)
+        activations = memory.activation_memory(policy, sites)
+        for name, items in (("memory_weights", weights + ranges), ("memory_activations", activations)):
+            memory.sites_table(items).save(workdir, name)
+        found = memory.totals(activations)
+        blocks: list[str | Table] = [memory.totals_table(weights + ranges)]
+        blocks[0].save(workdir, "memory")  # type: ignore[union-attr]
+        blocks.append(
+            f"Activations of {c.batch_size} x {c.tokens} tokens, all sites together: {found['stored'] / 2**20:.2f} MiB, "
+            f"in float32 {found['float32'] / 2**20:.2f} MiB."
+        )
+        rows = [[bits, *memory.share(activations, bits)] for bits in sorted({item.bits for item in activations})]
+        columns = ["bits of activations", "of values", "of tensors"]
+        blocks.append(Table(columns, rows, {"of values": ".1%", "of tensors": ".1%"}))
+        blocks.append("By site: memory_weights.md, memory_activations.md.")
+        return blocks
+
+    return run
+
+
+# Each checks its settings and returns what does the work, so that bad input ends a run before anything is computed.
+ANALYSES: dict[str, Callable[[Experiment, Policy], Part]] = {
+    "sensitivity": _sensitivity,
+    "outliers": _outliers,
+    "memory": _memory,
+}

@@ -1,0 +1,82 @@
+"""The analyses of a trained model, end to end, through the launcher's entry."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from qtx.errors import UserError
+from qtx.experiments import analyze as module
+from qtx.experiments.analyze import ANALYSES, analyze
+
+ROOT = Path(__file__).parents[2]
+
+
+def get_config(argument, tiny_checkpoint, tiny_data):
+    """The config file's experiment on the tiny model, whose random head counts as trained."""
+    spec = importlib.util.spec_from_file_location("analyze", ROOT / "configs" / "analyze.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    config = found.get_config(argument)
+    config.model.name, config.task = str(tiny_checkpoint), "table"
+    config.data.train, config.data.validation = str(tiny_data / "train.csv"), str(tiny_data / "validation.csv")
+    config.data.max_length = 16
+    config.data.limit_train = config.data.limit_eval = 0
+    config.calibration.batch_size = 8
+    config.analysis.memory.tokens = 8
+    return config
+
+
+@pytest.fixture
+def config(tiny_checkpoint, tiny_data):
+    return get_config("smoke", tiny_checkpoint, tiny_data)
+
+
+def test_smoke_leaves_a_report_and_resumes(config, tmp_path, monkeypatch):
+    config.analysis.outliers.k = 3.0
+    text = analyze(config, tmp_path)
+    assert (tmp_path / "report.md").read_text() == text
+    for picture in ("sensitivity.png", "ranges.png", "outliers.png"):
+        assert f"({picture})" in text and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert all(f"## {name.capitalize()}" in text for name in ANALYSES)
+
+    with open(tmp_path / "sensitivity.csv", newline="") as file:
+        rows = {row["group"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"full precision", "everything", "x", "h", "y"}
+    lines = [json.loads(line) for line in (tmp_path / "sensitivity.jsonl").read_text().splitlines()]
+    scores = {line["variant"]: line for line in lines}
+    assert float(rows["y"]["all but it"]) == pytest.approx(scores["all but y"]["score"])
+    assert float(rows["y"]["error alone"]) == scores["only y"]["error"] > 1e-4
+    assert scores["full precision"]["error"] < 1e-5
+    with open(tmp_path / "outlier_sites.csv", newline="") as file:
+        assert [row["site"] for row in csv.DictReader(file)] == ["h0", "y0", "h1", "y1"]
+    with open(tmp_path / "memory.csv", newline="") as file:
+        factors = {row["counted"]: float(row["smaller by"]) for row in csv.DictReader(file)}
+    assert factors["plain"] == 4 > factors["biases at 32"] > factors["stored"] > 2
+
+    # A variant that stands in the file is not measured again, and another configuration is refused.
+    (tmp_path / "sensitivity.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
+    measured = []
+    monkeypatch.setattr(
+        module.Experiment, "metrics", lambda self, logits: measured.append(1) or {"score": scores["only y"]["score"]}
+    )
+    analyze(config, tmp_path)
+    assert len(measured) == 1
+    config.analysis.sensitivity.groups = ("x",)
+    with pytest.raises(UserError, match="use another workdir"):
+        analyze(config, tmp_path)
+
+
+def test_one_analysis_alone(config, tmp_path):
+    config.analyses = ("memory",)
+    text = analyze(config, tmp_path)
+    assert "Sensitivity" not in text and "stored" in text and not (tmp_path / "sensitivity.jsonl").exists()
+
+
+@pytest.mark.parametrize("argument", ["w8a8", "paper"])
+def test_settings_resolve(argument, tiny_checkpoint, tiny_data):
+    found = get_config(argument, tiny_checkpoint, tiny_data)
+    assert found.quant.weight_bits == (32 if argument == "paper" else 8)
+    assert found.analysis.sensitivity.calibration == ("variant" if argument == "paper" else "full_precision")
