@@ -110,7 +110,8 @@ def policy_of(
 
     rules: dict[str, Spec | None] = {}
     for name, spec in specs.items():
-        patterns = ("encoder/embeddings/norm/output",) if name == "norm" else expand("activation", name)
+        # What follows the sums: the norm and, in some families, a projection.
+        patterns = ("encoder/embeddings/*/output",) if name == "norm" else expand("activation", name)
         rules |= {pattern: spec for pattern in patterns}
     weight_rules: dict[str, Spec | None] = {"**": weights}
     if weights is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from qtx.errors import UserError, near_misses
 from qtx.nn.bert import ACTIVATIONS, BertConfig
@@ -40,7 +41,9 @@ def modules(config: BertConfig) -> dict[str, str]:
     return per_layer(MODULES, config.num_layers)
 
 
-_FIELDS = {
+Config = TypeVar("Config", bound=BertConfig)
+
+FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_layers",
@@ -54,18 +57,36 @@ _FIELDS = {
     "attention_probs_dropout_prob": "attention_dropout",
     "initializer_range": "initializer_range",
     "pad_token_id": "pad_token_id",
+    "classifier_dropout": "classifier_dropout",
 }
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
-    """Reads the keys of a Hugging Face `config.json`; keys of qtx's own stand under `qtx`.
+    """Reads the keys of a Hugging Face `config.json`."""
+    return read_fields(hf, BertConfig, FIELDS)
+
+
+def config_to_hf(config: BertConfig) -> dict[str, Any]:
+    """Returns the content of a `config.json` that `transformers` reads."""
+    return write_fields(config, FIELDS)
+
+
+def read_fields(hf: Mapping[str, Any], kind: type[Config], fields: Mapping[str, str]) -> Config:
+    """Reads a configuration of any family; keys of qtx's own stand under `qtx`.
+
+    Args:
+      hf: content of a `config.json`.
+      kind: class of the configuration; what `hf` does not say keeps its defaults.
+      fields: Hugging Face keys with the fields of `kind`.
 
     Raises:
       UserError: on an activation function or position embedding that qtx does not have.
     """
-    act = hf.get("hidden_act", "gelu")
+    known = {ours: hf[theirs] for theirs, ours in fields.items() if hf.get(theirs) is not None}
+    act = known.get("hidden_act", kind.hidden_act)
     if act not in ACTIVATIONS:
-        raise UserError(f"config.json: hidden_act {act!r} is not supported{near_misses(act, ACTIVATIONS)}")
+        key = next(theirs for theirs, ours in fields.items() if ours == "hidden_act")
+        raise UserError(f"config.json: {key} {act!r} is not supported{near_misses(act, ACTIVATIONS)}")
     position = hf.get("position_embedding_type", "absolute")
     if position != "absolute":
         raise UserError(f"config.json: position_embedding_type {position!r} is not supported; only 'absolute' is")
@@ -73,18 +94,18 @@ def config_from_hf(hf: Mapping[str, Any]) -> BertConfig:
     if own.get("logit_range") is not None:
         own["logit_range"] = tuple(own["logit_range"])
     labels = len(hf["id2label"]) if "id2label" in hf else hf.get("num_labels", 2)
-    return BertConfig(
-        **{ours: hf[theirs] for theirs, ours in _FIELDS.items() if theirs in hf}, num_labels=labels, **own
-    )
+    return kind(**known, num_labels=labels, **own)
 
 
-def config_to_hf(config: BertConfig) -> dict[str, Any]:
-    """Returns the content of a `config.json` that `transformers` reads."""
-    hf = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
+def write_fields(config: BertConfig, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Inverts `read_fields`; fields that Hugging Face has no key for go under `qtx`."""
+    hf = {theirs: getattr(config, ours) for theirs, ours in fields.items()}
     hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
     hf["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
     if config.num_labels == 1:
         hf["problem_type"] = "regression"
     hf["position_embedding_type"] = "absolute"
-    hf["qtx"] = {"pooling": config.pooling, "logit_range": config.logit_range}
+    named = {*fields.values(), "num_labels"}
+    own = [field.name for field in dataclasses.fields(config) if field.name not in named]
+    hf["qtx"] = {name: getattr(config, name) for name in own}
     return hf

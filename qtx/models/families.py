@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from qtx.errors import UserError, near_misses
-from qtx.models import bert
+from qtx.models import albert, bert, distilbert, roberta
+from qtx.nn.albert import AlbertClassifier
 from qtx.nn.bert import BertClassifier, BertConfig
+from qtx.nn.distilbert import DistilBertClassifier
+from qtx.nn.roberta import RobertaClassifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Family:
     architecture: str
     module: type[nn.Module]
     config_from_hf: Callable[[Mapping[str, Any]], BertConfig]
-    config_to_hf: Callable[[BertConfig], dict[str, Any]]
-    modules: Callable[[BertConfig], Mapping[str, str]]
+    config_to_hf: Callable[[Any], dict[str, Any]]
+    modules: Callable[[Any], Mapping[str, str]]
     prefix: str
     fresh: tuple[str, ...]
     ignored: tuple[str, ...]
@@ -58,6 +61,39 @@ FAMILIES: dict[str, Family] = {
         prefix="bert.",
         fresh=("pooler/dense", "classifier"),
         ignored=("cls.", "bert.embeddings.position_ids"),
+    ),
+    "roberta": Family(
+        name="roberta",
+        architecture="RobertaForSequenceClassification",
+        module=RobertaClassifier,
+        config_from_hf=roberta.config_from_hf,
+        config_to_hf=roberta.config_to_hf,
+        modules=roberta.modules,
+        prefix="roberta.",
+        fresh=("pooler/dense", "classifier"),
+        ignored=("lm_head.", "roberta.pooler.", "roberta.embeddings.position_ids"),
+    ),
+    "distilbert": Family(
+        name="distilbert",
+        architecture="DistilBertForSequenceClassification",
+        module=DistilBertClassifier,
+        config_from_hf=distilbert.config_from_hf,
+        config_to_hf=distilbert.config_to_hf,
+        modules=distilbert.modules,
+        prefix="distilbert.",
+        fresh=("pooler/dense", "classifier"),
+        ignored=("vocab_", "distilbert.embeddings.position_ids"),
+    ),
+    "albert": Family(
+        name="albert",
+        architecture="AlbertForSequenceClassification",
+        module=AlbertClassifier,
+        config_from_hf=albert.config_from_hf,
+        config_to_hf=albert.config_to_hf,
+        modules=albert.modules,
+        prefix="albert.",
+        fresh=("pooler/dense", "classifier"),
+        ignored=("predictions.", "sop_classifier.", "albert.embeddings.position_ids"),
     ),
 }
 

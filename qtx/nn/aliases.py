@@ -1,7 +1,8 @@
 """Short names for the sites of a transformer encoder, and `policy`, which builds a `Policy` from them.
 
 The one-letter names are those of Bondarenko et al. 2021 (e s p c g u x h y z P C, Et, wP, wC); a number after the name
-picks one layer (`y11`). The block names (MHA, FFN, CLS ...) are those of pattern studies on weights.
+picks one layer (`y11`). `Es` means the small tables, of positions and of token types. The block names (MHA, FFN, CLS ...)
+are those of pattern studies on weights.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _LAYER = "encoder/layer_{i}/"
 
 ALIASES: dict[Kind, dict[str, tuple[str, ...]]] = {
     "activation": {
-        "e": ("encoder/embeddings/sum_token_type", "encoder/embeddings/sum_position"),
+        "e": ("encoder/embeddings/sum_*",),
         "q": (_LAYER + "attention/query/output",),
         "k": (_LAYER + "attention/key/output",),
         "v": (_LAYER + "attention/value/output",),
@@ -38,6 +39,7 @@ ALIASES: dict[Kind, dict[str, tuple[str, ...]]] = {
     },
     "weight": {
         "Et": ("encoder/embeddings/word/table",),
+        "Es": ("encoder/embeddings/position/table", "encoder/embeddings/token_type/table"),
         "wP": ("pooler/dense/kernel",),
         "wC": ("classifier/kernel",),
         "MHA": (_LAYER + "attention/*/kernel",),
