@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qtx.errors import UserError, near_misses
+from qtx.errors import UserError
 from qtx.models import albert, bert, distilbert, roberta
 from qtx.nn.albert import AlbertClassifier
 from qtx.nn.bert import BertClassifier, BertConfig
@@ -101,7 +101,8 @@ FAMILIES: dict[str, Family] = {
 def get_family(model_type: str) -> Family:
     """Returns a family by its Hugging Face `model_type`, or raises a `UserError` that lists what there is."""
     if model_type not in FAMILIES:
-        raise UserError(f"model family {model_type!r} is not supported{near_misses(model_type, FAMILIES)}")
+        # All of them, not the nearest: another family is another model, not a slip of the pen.
+        raise UserError(f"model family {model_type!r} is not supported; choose from: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 

@@ -17,6 +17,7 @@ from qtx.methods.calibrate import calibrate
 from qtx.methods.efficient_quantization import policy_of
 from qtx.methods.qat import training_policy
 from qtx.nn import check_policy, list_sites
+from qtx.nn.aliases import ALIASES
 from qtx.nn.describe import describe
 from qtx.train.loop import INPUTS, Phase, make_state, make_step
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
@@ -222,12 +223,11 @@ def test_published_policies_fit(load, name):
 
 @every_family
 def test_every_short_name_reaches_something(load, name):
-    from qtx.nn.aliases import ALIASES
-
+    sites = sites_of(load(name))
     for short in ALIASES["activation"]:
-        check_policy(policy(activations={short: A}), sites_of(load(name)))
+        check_policy(policy(activations={short: A}), sites)
     for short in ALIASES["weight"]:
-        check_policy(policy(weights={short: W}), sites_of(load(name)))
+        check_policy(policy(weights={short: W}), sites)
 
 
 # Calibration, training, the packed artifact
