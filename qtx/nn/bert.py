@@ -221,7 +221,7 @@ class Pooler(_Block):
     input_dropout = False  # whether the dense layer's input has the head's dropout, too
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
         """Maps `[B, T, D]` and a bool mask `[B, T]` to `[B, D]`."""
         if self.config.pooling == "mean":
             weight = mask[:, :, None].astype(x.dtype)
