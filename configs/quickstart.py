@@ -14,7 +14,7 @@ from qtx.experiments.config import base
 # weights per channel, so that they differ in nothing but the groups of three activations.
 CHANNEL = dict(weight_granularity="channel")
 # Two tables of 514 rows hold the outlier columns and almost no bytes; at 4 bits they cost points for nothing.
-LOW = dict(activation_bits=32, weight_overrides="**/position/table=8, **/token_type/table=8")
+LOW = dict(activation_bits=32, weight_overrides="Es=8")
 FOUR = dict(LOW, weight_bits=4, weight_overrides=f"{LOW['weight_overrides']}, **/norm/scale=8")
 ROWS = (
     dict(name="W8A8 naive", **CHANNEL),

@@ -8,7 +8,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -31,20 +30,9 @@ WORDS = "the a film was good bad great awful very quite plot actor it is not and
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A random 2-layer BERT in the Hugging Face layout, with a word-level vocabulary."""
-    from transformers import BertTokenizerFast
+    from tests.models.hf import make_checkpoint
 
-    from qtx import models
-    from qtx.nn import BertConfig
-
-    directory = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    tokenizer = BertTokenizerFast(vocab={token: i for i, token in enumerate(tokens)})
-    config = BertConfig(len(tokens), 16, 2, 2, 32, max_positions=32, initializer_range=0.2)
-    family = models.get_family("bert")
-    ids = jnp.zeros((1, 4), jnp.int32)
-    params = family.module(config=config).init(jax.random.key(0), ids, ids, ids)["params"]
-    models.save(directory, family, config, params, tokenizer)
-    return directory
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "bert", WORDS, max_positions=32)
 
 
 @pytest.fixture(scope="session")

@@ -214,9 +214,25 @@ def test_checkpoint_of_another_architecture(tiny_config, checkpoint, tmp_path):
     assert "'gpt2'" in (text := train(tiny_config, tmp_path)) and "bert" in text
 
 
+@pytest.mark.parametrize("kind", ["xlnet", "robertta", "gpt2"])
+def test_unsupported_families(tiny_config, checkpoint, tmp_path, kind):
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": kind}))
+    tiny_config.model.name = str(checkpoint)
+    assert f"{kind!r} is not supported" in (text := train(tiny_config, tmp_path)) and "roberta" in text
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        ({"model_type": "albert", "inner_group_num": 2}, "inner_group_num 2 is not supported"),
+        ({"model_type": "albert", "num_hidden_groups": 0}, "give 1 to 2"),
+        ({"model_type": "albert", "num_hidden_groups": 3}, "num_hidden_groups is 3"),
+        (
+            {"model_type": "distilbert", "activation": "gelou"},
+            "activation 'gelou' is not supported; did you mean 'gelu'",
+        ),
+        ({"model_type": "roberta", "max_position_embeddings": 16, "pad_token_id": 1}, "the model's 14 positions"),
+        ({"model_type": "roberta", "max_position_embeddings": 32, "pad_token_id": 1}, "do not belong to a roberta"),
         ({"model_type": "mobilebert", "normalization_type": "nonorm"}, "'no_norm'"),
         ({"model_type": "mobilebert", "num_feedforward_networks": 0}, "num_feedforward_networks"),
         ({"model_type": "mobilebert", "intra_bottleneck_size": 15}, "2 heads do not divide the width 15"),
@@ -226,7 +242,7 @@ def test_checkpoint_of_another_architecture(tiny_config, checkpoint, tmp_path):
         ({"model_type": "squeezebert", "embedding_size": 8}, "embedding_size 8"),
     ],
 )
-def test_sizes_that_a_family_does_not_have(tiny_config, checkpoint, tmp_path, change, named):
+def test_families_and_configurations_that_do_not_fit(tiny_config, checkpoint, tmp_path, change, named):
     config = json.loads((checkpoint / "config.json").read_text()) | change
     (checkpoint / "config.json").write_text(json.dumps(config))
     tiny_config.model.name = str(checkpoint)

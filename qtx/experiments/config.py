@@ -44,6 +44,7 @@ def base() -> ConfigDict:
                 "pooling": "cls",  # or 'mean'
                 "hidden_dropout": placeholder(float),  # None: as in the checkpoint
                 "attention_dropout": placeholder(float),
+                "classifier_dropout": placeholder(float),
                 "dtype": "float32",  # of the arithmetic: or 'bfloat16'; parameters are float32
             },
             "data": {

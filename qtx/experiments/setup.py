@@ -182,7 +182,8 @@ def _load_model(
             )
         pretrained = models.Pretrained(artifact.family, artifact.config, artifact.params, (), directory)
         return artifact.model.clone(dtype=dtype), artifact.ranges, pretrained
-    rates = {k: config.model[k] for k in ("hidden_dropout", "attention_dropout") if config.model[k] is not None}
+    fields = ("hidden_dropout", "attention_dropout", "classifier_dropout")
+    rates = {field: config.model[field] for field in fields if config.model[field] is not None}
     if config.model.fresh_head:
         rates["pooling"] = config.model.pooling
     pretrained = models.load(str(directory), task.num_labels, config.model.fresh_head, config.seed, **rates)

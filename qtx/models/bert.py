@@ -41,7 +41,7 @@ def modules(config: BertConfig) -> dict[str, str]:
     return per_layer(MODULES, config.num_layers)
 
 
-_FIELDS = {
+FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_layers",
@@ -61,25 +61,38 @@ _FIELDS = {
 Config = TypeVar("Config", bound=BertConfig)
 
 
-def _fields(kind: type[BertConfig]) -> dict[str, str]:
+def fields_of(kind: type[BertConfig]) -> dict[str, str]:
     """Hugging Face keys with their fields; what a family adds to BERT's has the same name on both sides."""
     common = {field.name for field in dataclasses.fields(BertConfig)}
-    return _FIELDS | {field.name: field.name for field in dataclasses.fields(kind) if field.name not in common}
+    return FIELDS | {field.name: field.name for field in dataclasses.fields(kind) if field.name not in common}
 
 
 def config_from_hf(hf: Mapping[str, Any], kind: type[Config] = BertConfig) -> Config:  # type: ignore[assignment]
-    """Reads the keys of a Hugging Face `config.json`; keys of qtx's own stand under `qtx`.
+    """Reads the keys of a Hugging Face `config.json`; `kind` has BERT's fields, and perhaps further ones."""
+    return read_fields(hf, kind, fields_of(kind))
+
+
+def config_to_hf(config: BertConfig) -> dict[str, Any]:
+    """Returns the content of a `config.json` that `transformers` reads."""
+    return write_fields(config, fields_of(type(config)))
+
+
+def read_fields(hf: Mapping[str, Any], kind: type[Config], fields: Mapping[str, str]) -> Config:
+    """Reads a configuration of any family; keys of qtx's own stand under `qtx`.
 
     Args:
-      hf: content of the file.
-      kind: configuration of a family with BERT's fields and further ones.
+      hf: content of a `config.json`.
+      kind: class of the configuration; what `hf` does not say keeps its defaults.
+      fields: Hugging Face keys with the fields of `kind`.
 
     Raises:
       UserError: on an activation function or position embedding that qtx does not have.
     """
-    act = hf.get("hidden_act", kind.hidden_act)
+    known = {ours: hf[theirs] for theirs, ours in fields.items() if hf.get(theirs) is not None}
+    act = known.get("hidden_act", kind.hidden_act)
     if act not in ACTIVATIONS:
-        raise UserError(f"config.json: hidden_act {act!r} is not supported{near_misses(act, ACTIVATIONS)}")
+        key = next(theirs for theirs, ours in fields.items() if ours == "hidden_act")
+        raise UserError(f"config.json: {key} {act!r} is not supported{near_misses(act, ACTIVATIONS)}")
     position = hf.get("position_embedding_type", "absolute")
     if position != "absolute":
         raise UserError(f"config.json: position_embedding_type {position!r} is not supported; only 'absolute' is")
@@ -87,17 +100,18 @@ def config_from_hf(hf: Mapping[str, Any], kind: type[Config] = BertConfig) -> Co
     if own.get("logit_range") is not None:
         own["logit_range"] = tuple(own["logit_range"])
     labels = len(hf["id2label"]) if "id2label" in hf else hf.get("num_labels", 2)
-    given = {ours: hf[theirs] for theirs, ours in _fields(kind).items() if theirs in hf}
-    return kind(**given, num_labels=labels, **own)
+    return kind(**known, num_labels=labels, **own)
 
 
-def config_to_hf(config: BertConfig) -> dict[str, Any]:
-    """Returns the content of a `config.json` that `transformers` reads."""
-    hf = {theirs: getattr(config, ours) for theirs, ours in _fields(type(config)).items()}
+def write_fields(config: BertConfig, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Inverts `read_fields`; fields that Hugging Face has no key for go under `qtx`."""
+    hf = {theirs: getattr(config, ours) for theirs, ours in fields.items()}
     hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
     hf["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
     if config.num_labels == 1:
         hf["problem_type"] = "regression"
     hf["position_embedding_type"] = "absolute"
-    hf["qtx"] = {"pooling": config.pooling, "logit_range": config.logit_range}
+    named = {*fields.values(), "num_labels"}
+    own = [field.name for field in dataclasses.fields(config) if field.name not in named]
+    hf["qtx"] = {name: getattr(config, name) for name in own}
     return hf

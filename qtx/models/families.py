@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qtx.errors import UserError, near_misses
-from qtx.models import bert, mobilebert, squeezebert
+from qtx.errors import UserError
+from qtx.models import albert, bert, distilbert, mobilebert, roberta, squeezebert
+from qtx.nn.albert import AlbertClassifier
 from qtx.nn.bert import BertClassifier, BertConfig
+from qtx.nn.distilbert import DistilBertClassifier
 from qtx.nn.mobilebert import MobileBertClassifier
+from qtx.nn.roberta import RobertaClassifier
 from qtx.nn.squeezebert import SqueezeBertClassifier
 
 
@@ -61,6 +64,39 @@ FAMILIES: dict[str, Family] = {
         fresh=("pooler/dense", "classifier"),
         ignored=("cls.", "bert.embeddings.position_ids"),
     ),
+    "roberta": Family(
+        name="roberta",
+        architecture="RobertaForSequenceClassification",
+        module=RobertaClassifier,
+        config_from_hf=roberta.config_from_hf,
+        config_to_hf=roberta.config_to_hf,
+        modules=roberta.modules,
+        prefix="roberta.",
+        fresh=("pooler/dense", "classifier"),
+        ignored=("lm_head.", "roberta.pooler.", "roberta.embeddings.position_ids"),
+    ),
+    "distilbert": Family(
+        name="distilbert",
+        architecture="DistilBertForSequenceClassification",
+        module=DistilBertClassifier,
+        config_from_hf=distilbert.config_from_hf,
+        config_to_hf=distilbert.config_to_hf,
+        modules=distilbert.modules,
+        prefix="distilbert.",
+        fresh=("pooler/dense", "classifier"),
+        ignored=("vocab_", "distilbert.embeddings.position_ids"),
+    ),
+    "albert": Family(
+        name="albert",
+        architecture="AlbertForSequenceClassification",
+        module=AlbertClassifier,
+        config_from_hf=albert.config_from_hf,
+        config_to_hf=albert.config_to_hf,
+        modules=albert.modules,
+        prefix="albert.",
+        fresh=("pooler/dense", "classifier"),
+        ignored=("predictions.", "sop_classifier.", "albert.embeddings.position_ids"),
+    ),
     "mobilebert": Family(
         name="mobilebert",
         architecture="MobileBertForSequenceClassification",
@@ -91,7 +127,8 @@ FAMILIES: dict[str, Family] = {
 def get_family(model_type: str) -> Family:
     """Returns a family by its Hugging Face `model_type`, or raises a `UserError` that lists what there is."""
     if model_type not in FAMILIES:
-        raise UserError(f"model family {model_type!r} is not supported{near_misses(model_type, FAMILIES)}")
+        # All of them, not the nearest: another family is another model, not a slip of the pen.
+        raise UserError(f"model family {model_type!r} is not supported; choose from: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 

@@ -1,9 +1,9 @@
 """Short names for the sites of a transformer encoder, and `policy`, which builds a `Policy` from them.
 
 The one-letter names are those of Bondarenko et al. 2021 (e s p c g u x h y z P C, Et, wP, wC); a number after the name
-picks one layer (`y11`). The long names (`attn_scores`) are the keys that they published for MobileBERT. The block names (MHA,
-FFN, CLS ...) are those of pattern studies on weights. A name reaches what a model has of its sites; it is an error if
-that is nothing.
+picks one layer (`y11`). `Es` means the small tables, of positions and of token types. The long names (`attn_scores`) are
+the keys that they published for MobileBERT. The block names (MHA, FFN, CLS ...) are those of pattern studies on weights. A
+name reaches what a model has of its sites; it is an error if that is nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LAYER = "encoder/layer_{i}/"
 
 ALIASES: dict[Kind, dict[str, tuple[str, ...]]] = {
     "activation": {
-        "e": ("encoder/embeddings/sum_token_type", "encoder/embeddings/sum_position"),
+        "e": ("encoder/embeddings/sum_*",),
         "q": (_LAYER + "attention/query/output",),
         "k": (_LAYER + "attention/key/output",),
         "v": (_LAYER + "attention/value/output",),
@@ -49,6 +49,7 @@ ALIASES: dict[Kind, dict[str, tuple[str, ...]]] = {
     },
     "weight": {
         "Et": ("encoder/embeddings/word/table",),
+        "Es": ("encoder/embeddings/position/table", "encoder/embeddings/token_type/table"),
         "wP": ("pooler/dense/kernel",),
         "wC": ("classifier/kernel",),
         "MHA": (_LAYER + "attention/*/kernel",),

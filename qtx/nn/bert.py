@@ -14,12 +14,14 @@ letters of Bondarenko et al. 2021 (13 L + 5 activations, 8 L + 6 weights):
     classifier/{kernel,output} (C)
 
 Linear layers have an `input` site as well, for methods that quantize what enters a product.
+
+Other families of post-LN encoders (`qtx.nn.roberta` and so on) are these parts with one or two of them replaced.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import flax.linen as nn
@@ -47,9 +49,11 @@ class BertConfig:
     """Sizes and rates of a BERT model; the defaults are BERT-base uncased.
 
     Attributes:
+      max_positions: the longest sequence, in tokens.
+      type_vocab_size: token types; 0: there are none, 1: all tokens have the same.
+      classifier_dropout: rate in the head; None: `hidden_dropout`.
       pooling: what the head sees: `'cls'` (first token, dense, tanh) or `'mean'` (mean of the tokens, dense, tanh).
       logit_range: the logits are clamped to this range (regression of published quantized models: 0 to 5), or None.
-      classifier_dropout: rate before the head; None: `hidden_dropout`.
     """
 
     vocab_size: int = 30522
@@ -69,6 +73,16 @@ class BertConfig:
     pooling: Literal["cls", "mean"] = "cls"
     logit_range: tuple[float, float] | None = None
     classifier_dropout: float | None = None
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the embedding tables."""
+        return self.hidden_size
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the position table."""
+        return self.max_positions
 
 
 class Outputs(NamedTuple):
@@ -110,20 +124,26 @@ class Block(nn.Module):
 
 
 class Embeddings(Block):
-    """Word, token-type and position embeddings, summed and normalised."""
+    """Word, token-type (if there are any) and position embeddings, summed and normalised."""
+
+    def positions(self, input_ids: jax.Array) -> jax.Array:
+        """Returns rows of the position table for `[B, T]` ids, `[B, T]` or `[1, T]`."""
+        return jnp.arange(input_ids.shape[1])[None]
 
     @nn.compact
     def __call__(self, input_ids, token_type_ids, where, deterministic: bool) -> jax.Array:
-        """Maps `[B, T]` ids to `[B, T, D]`."""
+        """Maps `[B, T]` ids to `[B, T, E]`, `E` being the width of the tables."""
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
 
         def table(count: int, name: str) -> Embed:
-            return Embed(count, c.hidden_size, init, self.dtype, self.policy, name=name)
+            return Embed(count, c.embedding_width, init, self.dtype, self.policy, name=name)
 
-        x = table(c.vocab_size, "word")(input_ids) + table(c.type_vocab_size, "token_type")(token_type_ids)
-        x = site(self, "sum_token_type", x, where=where)
-        x = x + table(c.max_positions, "position")(jnp.arange(input_ids.shape[1])[None])
+        x = table(c.vocab_size, "word")(input_ids)
+        if c.type_vocab_size:
+            types = token_type_ids if c.type_vocab_size > 1 else jnp.zeros_like(token_type_ids)
+            x = site(self, "sum_token_type", x + table(c.type_vocab_size, "token_type")(types), where=where)
+        x = x + table(c.position_rows, "position")(self.positions(input_ids))
         x = site(self, "sum_position", x, where=where)
         return self.dropout(self.norm()(x, where), deterministic)
 
@@ -200,6 +220,10 @@ class Encoder(Block):
     embeddings_type: ClassVar[type[Block]] = Embeddings
     layer_type: ClassVar[type[Block]] = Layer
 
+    def layers(self) -> Sequence[Callable[..., jax.Array]]:
+        """Returns the layers in the order in which they run."""
+        return [self.part(self.layer_type, f"layer_{i}") for i in range(self.config.num_layers)]
+
     @nn.compact
     def __call__(self, input_ids, attention_mask, token_type_ids, deterministic: bool = True) -> tuple[jax.Array, ...]:
         """Maps `[B, T]` ids to the embeddings and every layer's output, each `[B, T, D]`."""
@@ -207,20 +231,25 @@ class Encoder(Block):
         where = mask[:, :, None]
         x = self.part(self.embeddings_type, "embeddings")(input_ids, token_type_ids, where, deterministic)
         states = [x]
-        for i in range(self.config.num_layers):
-            x = self.part(self.layer_type, f"layer_{i}")(x, mask, where, deterministic)
-            states.append(x)
+        for layer in self.layers():
+            states.append(layer(states[-1], mask, where, deterministic))
         return tuple(states)
 
 
 class Pooler(Block):
     """One vector per sequence."""
 
+    activation = "tanh"
+    input_dropout = False  # whether the dense layer's input has the head's dropout, too
+
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
         """Maps `[B, T, D]` and a bool mask `[B, T]` to `[B, D]`."""
         x = self.pool(x, mask)
-        return self.dense(self.config.hidden_size, "dense", jnp.tanh)(x, jnp.any(mask, 1)[:, None])
+        if self.input_dropout:
+            x = self.dropout(x, deterministic, self.config.classifier_dropout)
+        dense = self.dense(self.config.hidden_size, "dense", ACTIVATIONS[self.activation])
+        return dense(x, jnp.any(mask, 1)[:, None])
 
     def pool(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Returns the first token or the mean of the tokens, `[B, D]`."""
@@ -243,12 +272,12 @@ class BertClassifier(Block):
         Args:
           input_ids: int `[B, T]`.
           attention_mask: `[B, T]`, 1 for tokens and 0 for padding; a row of zeros is a filler row.
-          token_type_ids: int `[B, T]`.
+          token_type_ids: int `[B, T]`; without effect where a family has no token types.
           deterministic: False for training with dropout (needs the rng `dropout`).
         """
         states = self.part(self.encoder_type, "encoder")(input_ids, attention_mask, token_type_ids, deterministic)
         mask = attention_mask > 0
-        pooled = self.part(self.pooler_type, "pooler")(states[-1], mask)
+        pooled = self.part(self.pooler_type, "pooler")(states[-1], mask, deterministic)
         x = self.dropout(pooled, deterministic, self.config.classifier_dropout)
         logits = self.dense(self.config.num_labels, "classifier")(x, jnp.any(mask, 1)[:, None]).astype(jnp.float32)
         if self.config.logit_range is not None:

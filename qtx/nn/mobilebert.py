@@ -252,9 +252,9 @@ class Encoder(bert.Encoder):
 class Pooler(_Block, bert.Pooler):
     """One vector per sequence; dense and tanh only if the configuration says so."""
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
         """Maps `[B, T, D]` and a bool mask `[B, T]` to `[B, D]`."""
-        return super().__call__(x, mask) if self.config.classifier_activation else self.pool(x, mask)
+        return super().__call__(x, mask, deterministic) if self.config.classifier_activation else self.pool(x, mask)
 
 
 class MobileBertClassifier(bert.BertClassifier):

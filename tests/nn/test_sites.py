@@ -12,7 +12,7 @@ from flax import traverse_util
 from qtx import quant
 from qtx.errors import UserError
 from qtx.nn import BertClassifier, BertConfig, Dense, Embed, check_policy, list_sites, policy, site
-from qtx.nn.sites import SiteInfo
+from qtx.nn.sites import SiteInfo, running_as
 from qtx.quant.policy import Policy, Rule
 from tests.nn import tiny
 
@@ -380,3 +380,73 @@ def test_policies_are_static_attributes():
     """A model with a policy is hashable and comparable, so it can be a static argument."""
     model = BertClassifier(tiny.CONFIG, policy=EVERYTHING)
     assert hash(model) == hash(BertClassifier(tiny.CONFIG, policy=dataclasses.replace(EVERYTHING)))
+
+
+# Modules that run several times
+
+
+class Inner(nn.Module):
+    policy: Policy | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        return site(self, "twice", Dense(3, policy=self.policy, name="dense")(x) * 2)
+
+
+class Outer(nn.Module):
+    """`a` and `b` share parameters, and so, within each of them, do `x` and `y`."""
+
+    policy: Policy | None = None
+    fail: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        shared = Middle(self.policy, self.fail, name="a")
+        return running_as(shared, "b")(running_as(shared, "a")(x))
+
+
+class Middle(nn.Module):
+    policy: Policy | None = None
+    fail: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        shared = Inner(self.policy, name="x")
+        for name in ("x", "y"):
+            x = running_as(shared, name)(x)
+        if self.fail:
+            raise RuntimeError
+        return site(self, "end", x)
+
+
+def test_runs_of_a_shared_module_have_sites_of_their_own():
+    rules = policy(quant.symmetric(8), {"**": quant.asymmetric(8), "b/y/twice": None})
+    model, x = Outer(rules), X
+    params = model.init(jax.random.key(0), x)["params"]
+    assert set(traverse_util.flatten_dict(params, sep="/")) == {"a/x/dense/kernel", "a/x/dense/bias"}
+    found = list_sites(model, {"params": params}, x)
+    runs = {f"{outer}/{inner}" for outer in "ab" for inner in "xy"}
+    assert {name for name, info in found.items() if info.kind == "weight"} == {"a/x/dense/kernel"}
+    assert {name for name, info in found.items() if info.kind == "activation"} == {"a/end", "b/end"} | {
+        f"{run}/{role}" for run in runs for role in ("twice", "dense/output")
+    }
+    _, updated = model.apply({"params": params}, x, mutable=["ranges", "observers", "captures"])
+    ranged = {name.rpartition("/")[0] for name in traverse_util.flatten_dict(updated["ranges"], sep="/")}
+    assert ranged == {name for name, info in found.items() if info.kind != "input"} - {"b/y/twice"}
+    captured = traverse_util.flatten_dict(updated["captures"], sep="/")
+    assert len({np.asarray(captured[f"{run}/twice"]).tobytes() for run in runs}) == 4
+    # A run reads what it wrote: with these ranges the model is the calibrated one.
+    out = model.apply({"params": params, "ranges": updated["ranges"]}, x)
+    lost = {name: value for name, value in updated["ranges"].items() if name != "b"}
+    with pytest.raises(UserError, match="'b/x/dense/output' has no range"):
+        model.apply({"params": params, "ranges": lost}, x)
+    assert np.all(np.isfinite(out))
+
+
+def test_a_run_that_fails_leaves_no_name_behind():
+    model = Outer()
+    variables = {"params": model.init(jax.random.key(0), X)["params"]}
+    with pytest.raises(RuntimeError):
+        Outer(fail=True).apply(variables, X)
+    before = list_sites(Middle(), {"params": variables["params"]["a"]}, X)
+    assert {name.partition("/")[0] for name in before} == {"x", "y", "end"}

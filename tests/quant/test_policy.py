@@ -99,11 +99,14 @@ def test_check_names_the_pattern_and_what_is_near():
     assert str(error.value) == "the weight pattern 'zzz' matches no site of this model; choose from: w"
 
 
-def test_a_name_for_several_places_needs_one_of_them():
-    both = (Rule("a/output", A, "short"), Rule("b/output", A, "short"))
-    Policy(activations=both).check({"activation": ["b/output"]})
-    with pytest.raises(UserError, match="the activation pattern 'short' .that is, 'a/output'. matches no site"):
-        Policy(activations=both).check({"activation": ["c/output"]})
+def test_some_patterns_of_a_short_name_may_match_nothing():
+    Policy(weights=(Rule("position", A, "Es"), Rule("token_type", A, "Es"))).check({"weight": ["position", "word"]})
+    for rules in [
+        (Rule("position", A), Rule("token_type", A)),
+        (Rule("token_type", A, "Es"), Rule("position", A, "Ep")),
+    ]:
+        with pytest.raises(UserError, match="token_type.*matches no site"):
+            Policy(weights=rules).check({"weight": ["position", "word"]})
 
 
 def test_a_pattern_of_another_kind_does_not_match():
