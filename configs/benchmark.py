@@ -21,6 +21,8 @@ def get_config(arg: str = "full"):
     config.batch = 32
     config.tokens = 64
     config.candidates = 100
+    config.rounding_iterations = 10_000
+    config.rounding_rounds = 1  # a minute each
     config.model = ConfigDict(
         dict(vocab_size=30522, hidden_size=384, num_layers=6, num_heads=12, intermediate_size=1536, max_positions=512)
     )
@@ -30,5 +32,6 @@ def get_config(arg: str = "full"):
         config.batch = 2
         config.tokens = 8
         config.candidates = 5
+        config.rounding_iterations = 20
         config.model.update(vocab_size=64, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
     return config

@@ -34,10 +34,13 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from qtx.errors import UserError, near_misses
 from qtx.files import write_text
+from qtx.methods.adaround import AdaRound, Data, Layer, optimise, temperature
 from qtx.methods.calibrate import calibrate
 from qtx.nn.aliases import policy
 from qtx.nn.bert import MASKED, BertClassifier, BertConfig
+from qtx.nn.layers import Dense
 from qtx.quant import Spec, asymmetric, estimate, estimator, per_channel, per_tensor, symmetric
+from qtx.quant import rounding as quant_rounding
 from qtx.train.loop import Phase, inputs, make_state, make_step
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
 from qtx.train.report import Table
@@ -297,7 +300,8 @@ def _temporary(compiled: Any) -> int:
 def train_step(config: ConfigDict, learned: bool) -> Comparison:
     """The quantized train step, with fixed or learned ranges, against the full-precision one."""
     setup = _Setup.make(FrozenConfigDict(config))
-    a, a_bytes = setup.step(*setup.quantized(range="learned" if learned else "static"))
+    options = dict(range="learned", backward="compact") if learned else {}  # as `qat_phase` has it
+    a, a_bytes = setup.step(*setup.quantized(**options))
     b, b_bytes = setup.full_precision_step
     a_is, b_is = f"W8A8 everywhere, {'learned' if learned else 'fixed'} ranges", "full precision"
     memory = Memory(a_bytes, b_bytes, a_is, b_is, Bar(1.25)) if a_bytes and b_bytes else None
@@ -385,6 +389,50 @@ def _check_search(x: jax.Array, spec: Spec, ours: jax.Array, theirs: jax.Array) 
         raise ArithmeticError(f"the {spec} search finds a range with {excess:.6f} times the error of the plain loop's")
 
 
+def rounding(config: ConfigDict) -> Comparison:
+    """Learned rounding of one layer at 4 bits: coordinate descent against the published relaxation, a scan of Adam steps.
+
+    Both start from the inputs of the layer, which are correlated. The activation function is left out on both sides.
+
+    Raises:
+      ArithmeticError: if the descent ends with the greater error of the layer's outputs.
+    """
+    rows, width, outputs = config.batch * config.tokens, config.model.hidden_size, config.model.intermediate_size
+    keys = jax.random.split(jax.random.key(config.seed), 4)
+    x = jax.random.normal(keys[0], (rows, width)) @ jax.random.normal(keys[1], (width, width)) / width**0.5
+    w = 0.05 * jax.random.t(keys[2], 5.0, (width, outputs))
+    spec = symmetric(4, estimator=estimator("mse"))
+    params = estimate(spec, w)
+    options = AdaRound(solver="relaxation", iterations=config.rounding_iterations, batch_size=min(32, rows))
+    layer, others = Layer(Dense(outputs), "kernel"), {"bias": jnp.zeros(outputs)}
+    data = Data(x, x @ w)
+    batches = jax.random.randint(keys[3], (options.iterations, options.batch_size), 0, rows)
+    temperatures = jnp.asarray(temperature(options, np.arange(1, options.iterations + 1)))
+
+    @jax.jit
+    def descent() -> jax.Array:
+        return quant_rounding.descend(spec, w, params, quant_rounding.OutputError.of(x))
+
+    def relaxation() -> jax.Array:
+        found = optimise(layer, spec, options, w, others, params, data, batches, temperatures)
+        return quant_rounding.weights_above_floor(spec, w, params, (found.alpha >= 0).astype(w.dtype))
+
+    ours, theirs = (float(jnp.sum(jnp.square(x @ (q - w)))) for q in (descent(), relaxation()))
+    if not ours <= theirs:
+        raise ArithmeticError(f"descent ends with {ours / theirs:.3f} times the output error of the relaxation")
+    a_is = f"coordinate descent ({ours / theirs:.2f} of the error)"
+    b_is = f"relaxation, {options.iterations} iterations of {options.batch_size}"
+    return Comparison(descent, relaxation, a_is, b_is, config.rounding_rounds, Bar(5.0, at_least=True))
+
+
+def calibration(config: ConfigDict) -> Comparison:
+    """Calibration of the whole model, weights and activations, by MSE search against min-max; no bar."""
+    setup = _Setup.make(FrozenConfigDict(config))
+    search = dict(estimator=estimator("mse", candidates=config.candidates))
+    a, b = (lambda options=options: setup.quantized(**options)[1] for options in (search, {}))
+    return Comparison(a, b, "MSE search everywhere", "minimum and maximum", config.search_rounds)
+
+
 COMPARISONS: dict[str, Callable[[ConfigDict], Comparison]] = {
     "train-fixed": lambda config: train_step(config, learned=False),
     "train-learned": lambda config: train_step(config, learned=True),
@@ -392,6 +440,8 @@ COMPARISONS: dict[str, Callable[[ConfigDict], Comparison]] = {
     "search-tensor": lambda config: search(config, by_row=False),
     "search-row": lambda config: search(config, by_row=True),
     "forward-w8a8": forward_quantized,
+    "adaround": rounding,
+    "calibrate": calibration,
 }
 
 

@@ -124,6 +124,7 @@ def quantization() -> ConfigDict:
             "activation_options": ConfigDict(convert_dict=True),
             "activation_range": "static",  # 'dynamic'
             "scale_domain": "linear",  # 'log', 'softplus'
+            "range_gradient": "plain",  # 'lsq': gradients of learned ranges are scaled by 1 / sqrt(n q_max)
             "padding": "ignore",  # 'include': padding counts in the ranges, as published
             "setup": "all",  # 'FP_logits', 'MSE_logits'
             "overrides": "",  # of activations, Et, wP, wC: such as 'x=16, h=16, y=16' or 'y=ngp6, Et=2, z1=fp32'
@@ -261,6 +262,7 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
             _granularity(section.weight_granularity),
             how,
             scale_domain=section.scale_domain,
+            range_gradient=section.range_gradient,
         )
     if section.activation_bits != 32:
         how = estimator(section.activation_estimator, padding=section.padding, **section.activation_options)
@@ -270,6 +272,7 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
             estimator=how,
             range=section.activation_range,
             scale_domain=section.scale_domain,
+            range_gradient=section.range_gradient,
         )
     granularity = _granularity(section.activation_granularity)
     everywhere = None if granularity == per_tensor() else granularity

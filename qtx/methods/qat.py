@@ -1,7 +1,7 @@
 """Phases for quantization-aware training: calibrate, then train through the grids.
 
 Straight-through gradients reach weights and, with `ranges='learned'`, scales and zero points (Esser et al. 2020, Bhalgat et
-al. 2020; without their gradient scaling, as in Bondarenko et al. 2021).
+al. 2020). Their scaling of these gradients is off by default, as in Bondarenko et al. 2021 (`Spec.range_gradient`).
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from qtx.train.optimizer import OptimizerConfig
 Ranges = Literal["learned", "fixed", "updated"]
 
 
-def training_policy(policy: Policy, ranges: Ranges) -> Policy:
+def training_policy(policy: Policy, ranges: Ranges, backward: Literal["exact", "compact"] = "compact") -> Policy:
     """Returns the policy in the form that training needs.
 
     Args:
       policy: of the quantized model.
       ranges: `'learned'` trains every static range; `'fixed'` keeps what calibration found; `'updated'` re-estimates:
         weight ranges from the present weights at every step, activation ranges by their estimator.
+      backward: of learned ranges: what is kept for the gradients of the scales, see `qtx.quant.spec.Spec`.
     """
     if ranges not in ("learned", "fixed", "updated"):
         raise UserError(f"unknown rule {ranges!r} for ranges in training; choose from 'learned', 'fixed', 'updated'")
 
     def learned(spec: Spec) -> Spec:
-        return dataclasses.replace(spec, range="learned") if spec.range == "static" else spec
+        return dataclasses.replace(spec, range="learned", backward=backward) if spec.range == "static" else spec
 
     def dynamic(spec: Spec) -> Spec:
         return dataclasses.replace(spec, range="dynamic")

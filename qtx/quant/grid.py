@@ -128,8 +128,19 @@ def fake_quant(spec: Spec, x: jax.Array, params: QParams | None = None) -> jax.A
         return ste.identity_ste(x, (codes * scale).astype(x.dtype))
     assert params is not None, "uniform grids need QParams"
     if spec.range == "learned":
-        return ste.uniform(x, *affine(spec, params, x.shape))
+        if spec.range_gradient == "lsq":
+            params = _lsq(spec, params, x)
+        estimator = ste.uniform_compact if spec.backward == "compact" else ste.uniform
+        return estimator(x, *affine(spec, params, x.shape))
     return ste.uniform_fixed(x, *affine(spec, jax.lax.stop_gradient(params), x.shape))
+
+
+def _lsq(spec: Spec, params: QParams, x: jax.Array) -> QParams:
+    """Scales the gradients of a range by `1 / sqrt(n q_max)`, with `n` elements to a range (Esser et al. 2020, section 2.2)."""
+    _, q_max = limits(spec, params.signed)
+    factor = jax.lax.rsqrt(q_max * (x.size / (rows.row_count(spec.granularity, x.shape) or 1)))
+    scale, zero_point = (ste.scale_gradient(v, factor) for v in (params.scale, params.zero_point))
+    return params._replace(scale=scale, zero_point=zero_point)
 
 
 def fake_quant_rows(spec: Spec, table: jax.Array, ids: jax.Array, params: QParams | None = None) -> jax.Array:

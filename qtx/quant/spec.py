@@ -201,6 +201,10 @@ class Spec:
       scale_domain: what is stored and trained: the scale (`'linear'`, floored at `eps` when it is read), its logarithm
         (`'log'`) or its inverse softplus (`'softplus'`), which keep it positive.
       eps: least scale of the linear domain and least upper end of a range.
+      backward: of a learned range: `'exact'` keeps the tensor for the gradient of the scale, `'compact'` one byte an element
+        (see `qtx.quant.ste.uniform_compact`).
+      range_gradient: of a learned range: `'plain'`, or `'lsq'`: those of scale and zero point are divided by `sqrt(n
+        q_max)`, with `n` elements sharing the range (Esser et al. 2020, section 2.2).
     """
 
     bits: int = 8
@@ -210,8 +214,12 @@ class Spec:
     range: Literal["static", "dynamic", "learned"] = "static"
     scale_domain: Literal["linear", "log", "softplus"] = "linear"
     eps: float = 1e-8
+    backward: Literal["exact", "compact"] = "exact"
+    range_gradient: Literal["plain", "lsq"] = "plain"
 
     def __post_init__(self):
+        _choice("backward pass", self.backward, ("exact", "compact"))
+        _choice("range gradient", self.range_gradient, ("plain", "lsq"))
         _choice("scheme", self.scheme, SCHEMES)
         _choice("range rule", self.range, ("static", "dynamic", "learned"))
         _choice("scale domain", self.scale_domain, ("linear", "log", "softplus"))

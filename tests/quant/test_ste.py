@@ -1,5 +1,7 @@
 """Straight-through gradients against what the docstrings claim, in float64 numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,3 +196,48 @@ def test_estimated_ranges_carry_no_gradient():
         spec = quant.asymmetric(2, estimator=quant.estimator(name), range="learned")
         gradient = jax.grad(lambda x, spec=spec: quant.estimate(spec, x).scale)(x)
         np.testing.assert_array_equal(gradient, np.zeros_like(x), err_msg=name)
+
+
+@pytest.mark.parametrize("granularity", [quant.per_tensor(), quant.per_channel(-1)], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_compact_backward_pass_differs_in_the_scale_alone_and_within_its_bound(scheme, granularity):
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.standard_normal((40, 6)) * 3, jnp.float32).at[0, 0].set(4.0)
+    g = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+    exact = SCHEMES[scheme](4, granularity, range="learned")
+    params = quant.estimate(exact, 0.5 * x)
+
+    def run(spec):
+        def output(x, scale, zero):
+            return quant.fake_quant(spec, x, params._replace(scale=scale, zero_point=zero))
+
+        y, pull = jax.vjp(jax.jit(output), x, params.scale, params.zero_point)
+        return y, *pull(g)
+
+    (y, dx, ds, dz), (y2, dx2, ds2, dz2) = run(exact), run(dataclasses.replace(exact, backward="compact"))
+    np.testing.assert_array_equal(y, y2)
+    np.testing.assert_array_equal(dx, dx2)
+    np.testing.assert_allclose(dz, dz2, rtol=1e-6)
+    bound = np.sum(np.abs(g), 0 if granularity.axis else None) / 504
+    assert np.all(np.abs(ds - ds2) <= bound + 1e-4) and np.any(ds != ds2)
+
+
+@pytest.mark.parametrize("granularity", [quant.per_tensor(), quant.per_channel(-1)], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_lsq_divides_the_gradients_of_the_range(scheme, granularity):
+    rng = np.random.default_rng(6)
+    x, g = (jnp.asarray(rng.standard_normal((20, 5)), jnp.float32) for _ in range(2))
+    plain = SCHEMES[scheme](4, granularity, range="learned")
+    params = quant.estimate(plain, x * 0.6)
+
+    def grads(spec):
+        def total(x, scale, zero):
+            return jnp.vdot(g, quant.fake_quant(spec, x, params._replace(scale=scale, zero_point=zero)))
+
+        return jax.grad(total, (0, 1, 2))(x, params.scale, params.zero_point)
+
+    want, got = grads(plain), grads(dataclasses.replace(plain, range_gradient="lsq"))
+    n, q_max = (20 if granularity.axis else 100), (7 if scheme == "symmetric" else 15)
+    np.testing.assert_array_equal(got[0], want[0])
+    for a, b in zip(got[1:], want[1:], strict=True):
+        np.testing.assert_allclose(a, b / np.sqrt(n * q_max), rtol=1e-5)
