@@ -3,6 +3,9 @@
     python launch/train.py --config=configs/finetune.py:film_reviews --workdir=runs/film_reviews
     python launch/train.py --config=configs/finetune.py:rte --config.data.dir=DATA --workdir=runs/rte
 
+Expected for film reviews (one epoch, seed 1000): accuracy 0.823 in 8 minutes on one core. BBC News and the GLUE tasks were not
+run with this file; for RTE and MRPC with other settings see `configs/results.py`.
+
 The argument is a task of `qtx.data.tasks` (`film_reviews`, `bbc_news`, `rte`, `mrpc`, `cola`, ...), or `smoke` for a run of
 seconds. GLUE tasks run for 3 epochs in batches of 16 with linear decay.
 """

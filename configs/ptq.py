@@ -2,6 +2,10 @@
 
     python launch/quantize.py --config=configs/ptq.py:w8a8 --config.model.name=runs/film_reviews/model --workdir=runs/w8a8
 
+Expected with the model of `configs/finetune.py:film_reviews` (0.823 in full precision), accuracy: w8a8 0.796, w8a8_mixed 0.822,
+w8a8_peg 0.816, w8a32 0.817, w4a8 0.814, w4a32 0.816, ternary 0.679, published 0.819; each in a minute and a half on one
+core. Single runs, 2,047 reviews: differences below a point mean little.
+
 The argument is one of the settings below, or `smoke` (W8A8 on a few examples; give it a trained model as well).
 """
 

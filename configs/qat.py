@@ -3,6 +3,9 @@
     python launch/train.py --config=configs/qat.py:w8a8 --workdir=runs/qat_w8a8
     python launch/train.py --config=configs/qat.py:w4a8 --workdir=runs/qat_w4a8
 
+Expected for w8a8 on film reviews (seed 1000): 0.831 after fine-tuning, 0.828 quantized, in 20 minutes on one core, of which
+training takes 10 and 11. The other settings were not run at full size.
+
 `smoke` runs both phases for two steps.
 """
 

@@ -462,11 +462,12 @@ def _enter_blocks(model: nn.Module, params: Any, args: Args) -> tuple[Any, tuple
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _run_block(module: nn.Module, static: tuple[Any, ...], path: str, params: Any, x: Any, arrays: tuple[Any, ...]):
-    """Returns the output of a block and the inputs of one of its layers (`path` within the block; or '')."""
+    """Returns the inputs of one of a block's layers (`path` within the block), or, without a path, the block's output."""
     found: Inputs = {path: []}
     remaining = iter(arrays)
     rest = tuple(next(remaining) if v is None else v for v in static)
-    return _watched(module, params, (x, *rest), _collect(found) if path else lambda p, g, run, m: run()), found[path]
+    output = _watched(module, params, (x, *rest), _collect(found))
+    return found[path] if path else output  # what is not returned is not computed
 
 
 class Stage(NamedTuple):
@@ -655,8 +656,7 @@ class _Work:
             self.x = [(a[0], b[0]) for a, b in entered]
             self.arrays = [(a[1], b[1]) for a, b in entered]
         while self.done < target:
-            outputs = [self._block("", x, arrays) for x, arrays in zip(self.x, self.arrays, strict=True)]
-            self.x = [(a[0], b[0]) for a, b in outputs]
+            self.x = [self._block("", x, arrays) for x, arrays in zip(self.x, self.arrays, strict=True)]
             self.done += 1
 
     def _inputs(self, stage: Stage) -> Iterator[tuple[Any, Any, Any]]:
@@ -666,8 +666,7 @@ class _Work:
             if not stage.once:
                 both = self._both(partial(_inputs_in_model, self.model, call.path), (args, args))
             elif call.inside:
-                a, b = self._block(call.path, self.x[number], self.arrays[number])
-                both = a[1], b[1]
+                both = self._block(call.path, self.x[number], self.arrays[number])
             else:
                 program = partial(_inputs_around_blocks, self.model, call.path, self.done)
                 both = self._both(program, (args, args), self.x[number] if self.done else (None, None))
