@@ -22,7 +22,7 @@ def get_config(arg: str = "full"):
     config.tokens = 64
     config.candidates = 100
     config.rounding_iterations = 10_000
-    config.rounding_rounds = 1  # a minute each
+    config.rounding_rounds = config.calibration_rounds = 1  # a minute each
     config.model = ConfigDict(
         dict(vocab_size=30522, hidden_size=384, num_layers=6, num_heads=12, intermediate_size=1536, max_positions=512)
     )
