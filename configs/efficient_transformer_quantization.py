@@ -156,12 +156,12 @@ def get_config(arg: str = "minilm"):
     if arg in ("minilm", "smoke"):
         config.model.pooling = "mean"  # as the sentence encoder was trained
         config.model.hidden_dropout = config.model.attention_dropout = 0.0
-        config.data.buckets = 3
-        for phase, rate, epochs in (("finetune", 1e-4, 5.0), ("qat", 5e-5, 3.0)):
+        config.data.buckets = 2
+        for phase, rate, epochs in (("finetune", 1e-4, 3.0), ("qat", 5e-5, 1.0)):
             config.phases[phase].update(batch_size=16, epochs=epochs)
             config.phases[phase].optimizer.update(learning_rate=rate, warmup=0.1)
         rows = tuple({**row, "published": {}} for row in rows)  # the paper has BERT-base alone
-        tasks = {task: TASKS[task] for task in ("rte", "mrpc", "stsb", "cola")}
+        tasks = {task: TASKS[task] for task in ("cola", "stsb", "mrpc", "rte")}  # by the number of their tokens
         seeds = range(1000, 1003)
     else:
         config.model.name = "bert-base-uncased"

@@ -46,6 +46,11 @@ def base() -> ConfigDict:
                 "attention_dropout": placeholder(float),
                 "classifier_dropout": placeholder(float),
                 "dtype": "float32",  # of the arithmetic: or 'bfloat16'; parameters are float32
+                "amplify": {  # outliers made to order, the function unchanged: see qtx.analysis.amplify
+                    "sites": (),  # such as ('x',)
+                    "factor": 30.0,
+                    "channels": 1,
+                },
             },
             "data": {
                 "dir": placeholder(str),  # None: the environment variable QTX_DATA_DIR

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from qtx import data, models
+from qtx.analysis.amplify import amplify
 from qtx.data.batching import Batches, bucket_lengths
 from qtx.errors import UserError, near_misses
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
@@ -187,4 +188,7 @@ def _load_model(
     if config.model.fresh_head:
         rates["pooling"] = config.model.pooling
     pretrained = models.load(str(directory), task.num_labels, config.model.fresh_head, config.seed, **rates)
+    if config.model.amplify.sites:
+        harder = amplify(pretrained.params, pretrained.config, **config.model.amplify)
+        pretrained = dataclasses.replace(pretrained, params=harder)
     return pretrained.family.module(config=pretrained.config, dtype=dtype), {}, pretrained
