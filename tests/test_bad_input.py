@@ -106,6 +106,28 @@ def test_row_that_changes_an_unknown_field(tiny_config, tmp_path):
     assert "'broken'" in (text := message(compare, tiny_config, tmp_path)) and "weight_bit" in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"overrides": "y9=16"}, "y9"), ({"adaround": True}, "layers '**/kernell' matches no weight")],
+)
+def test_row_that_does_not_fit_the_model(tiny_config, tmp_path, changes, named):
+    tiny_config.rows = ({"name": "broken", **changes},)
+    tiny_config.adaround.layers = ("**/kernell",)
+    assert named in message(compare, tiny_config, tmp_path)
+    tiny_config.sweep = sweeping(
+        rows=(
+            {"name": "good"},
+            {
+                "name": "bad",
+                "entry": "quantize",
+                "start": "good",
+                "changes": {f"quant.{key}": value for key, value in changes.items()},
+            },
+        )
+    )
+    assert named in message(sweep, tiny_config, tmp_path)
+
+
 RATE = "phases.finetune.optimizer.learning_rate"
 
 

@@ -20,10 +20,10 @@ from rich.console import Console
 from qtx import data, models
 from qtx.errors import UserError
 from qtx.experiments.config import adaround_from, changed, policy_from
-from qtx.experiments.run import post_training_quantization, save_quantized, train_and_evaluate
-from qtx.experiments.setup import Experiment
+from qtx.experiments.run import check_quantization, post_training_quantization, save_quantized, train
+from qtx.experiments.setup import Experiment, setup
 from qtx.files import write_text
-from qtx.nn.sites import check_policy
+from qtx.methods.adaround import AdaRound
 from qtx.quant.policy import Policy
 from qtx.train import metrics
 from qtx.train.report import Table, plot_accuracy_against_size
@@ -93,29 +93,28 @@ def compare(config: ConfigDict, workdir: str | Path) -> list[Row]:
     console = Console(stderr=True)
     sections = row_sections(config)
     num_layers = models.read_config(models.locate(config.model.name))[1].num_layers
-    policies: dict[str, Policy] = {}
+    methods: dict[str, tuple[Policy, AdaRound | None]] = {}
     for name, section in sections.items():
         policy = policy_from(section, num_layers)
         if policy is None:
             raise UserError(f"row {name!r} keeps everything in full precision; change its bits")
-        policies[name] = policy
+        methods[name] = policy, adaround_from(config.adaround) if section.adaround else None
 
     clock = time.perf_counter()
-    trained = train_and_evaluate(config, workdir)
-    experiment: Experiment = trained["experiment"]
+    experiment = setup(config)
+    for policy, rounding in methods.values():
+        check_quantization(policy, rounding, experiment.sites())
+    trained = train(experiment, workdir)
     full = trained["metrics"][config.recipe[-1]]["score"]
     params = trained["params"]
-    for policy in policies.values():
-        check_policy(policy, experiment.sites())
     full_seconds = time.perf_counter() - clock
     rows = [_baseline(experiment, full)]
     size = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
     rows.append(Row("full precision", "32", "32", full, 0.0, size, full_seconds))
 
     batches = experiment.calibration_batches()
-    for name, policy in policies.items():
+    for name, (policy, rounding) in methods.items():
         clock = time.perf_counter()
-        rounding = adaround_from(config.adaround) if sections[name].adaround else None
         quantized = post_training_quantization(experiment, params, policy, batches, rounding)
         score = experiment.evaluate(quantized.model, quantized.variables)["score"]
         family, sizes = experiment.pretrained.family, experiment.pretrained.config

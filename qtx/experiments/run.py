@@ -24,11 +24,11 @@ from qtx.experiments.config import adaround_from, optimizer_from, phases_of, pol
 from qtx.experiments.setup import Experiment, setup
 from qtx.export.packed import save_quantized
 from qtx.files import write_text
-from qtx.methods.adaround import AdaRound, adaround
+from qtx.methods.adaround import AdaRound, adaround, layers_to_round
 from qtx.methods.calibrate import calibrate, quantized_weights
 from qtx.methods.qat import qat_phase
 from qtx.nn.describe import describe
-from qtx.nn.sites import check_policy
+from qtx.nn.sites import SiteInfo, check_policy
 from qtx.quant.policy import Policy
 from qtx.train.loop import Phase, Saving, fit
 from qtx.train.report import Table, check_config, save_config
@@ -96,8 +96,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     Raises:
       UserError: on anything that does not fit, before training starts.
     """
-    workdir = Path(workdir)
-    experiment = setup(config)
+    return train(setup(config), workdir)
+
+
+def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
+    """`train_and_evaluate` for an experiment that is set up."""
+    workdir, config = Path(workdir), experiment.config
     if experiment.model.policy is not None:  # type: ignore[attr-defined]
         raise UserError(
             f"{config.model.name} is a packed artifact, whose weights are not trained; give a float checkpoint"
@@ -192,7 +196,6 @@ def post_training_quantization(
       rounding: how the weights are rounded before activations are calibrated; None: to nearest.
     """
     sites = experiment.sites()
-    check_policy(policy, sites)
     model = experiment.model.clone(policy=policy)
     rounded = None if rounding is None else adaround(model, params, experiment.rounding_batches(), rounding)
     weights = None
@@ -276,8 +279,16 @@ def policy_to_apply(experiment: Experiment) -> Policy:
     policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
     if policy is None:
         raise UserError("`quant` keeps everything in full precision; set weight_bits or activation_bits below 32")
-    check_policy(policy, experiment.sites())
+    rounding = adaround_from(config.adaround) if config.quant.adaround else None
+    check_quantization(policy, rounding, experiment.sites())
     return policy
+
+
+def check_quantization(policy: Policy, rounding: AdaRound | None, sites: Mapping[str, SiteInfo]) -> None:
+    """Raises a `UserError` if a policy, or AdaRound with its patterns, does not fit the sites of a model."""
+    check_policy(policy, sites)
+    if rounding is not None:
+        layers_to_round(rounding, policy, [name for name, info in sites.items() if info.kind == "weight"])
 
 
 def require_trained(experiment: Experiment) -> None:

@@ -27,8 +27,9 @@ from rich.console import Console
 
 from qtx import models
 from qtx.errors import UserError
-from qtx.experiments.config import phases_of, policy_from, sweeping
+from qtx.experiments.config import adaround_from, phases_of, policy_from, sweeping
 from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
+from qtx.experiments.run import check_quantization
 from qtx.experiments.study import Attempt, Claim, Ledger, TakenOver, without_password
 from qtx.experiments.sweep_report import Report, make_report
 from qtx.files import write_text
@@ -154,12 +155,17 @@ def check_models(trials: Sequence[Trial]) -> None:
         while root.start:
             root = sources[root.start]
         try:
-            sizes = models.read_config(models.locate(root.config.model.name))[1]
+            family, sizes = models.read_config(models.locate(root.config.model.name))
             quantized = entry == "train" and any(section.quantized for _, section in phases_of(config))
-            if (quantized or entry == "quantize") and policy_from(config.quant, sizes.num_layers) is None:
+            if not quantized and entry != "quantize":
+                continue
+            policy = policy_from(config.quant, sizes.num_layers)
+            if policy is None:
                 raise UserError(
                     "`quant` keeps everything in full precision; set weight_bits or activation_bits below 32"
                 )
+            rounding = adaround_from(config.adaround) if entry == "quantize" and config.quant.adaround else None
+            check_quantization(policy, rounding, family.sites(sizes))
         except UserError as error:
             raise UserError(f"{group}: {error}" if group else str(error)) from None
 

@@ -538,8 +538,17 @@ class Rounded(NamedTuple):
         )
 
 
-def _chosen(options: AdaRound, policy: Policy, weights: Sequence[str]) -> dict[str, Spec]:
-    """Returns the weights to round with their specs."""
+def layers_to_round(options: AdaRound, policy: Policy, weights: Sequence[str]) -> dict[str, Spec]:
+    """Returns the weights that are to be rounded, with their specs.
+
+    Args:
+      options: `layers` are its patterns.
+      policy: of the model.
+      weights: names of all weight sites.
+
+    Raises:
+      UserError: on a pattern that matches nothing, a weight whose grid cannot be rounded to, or nothing to do.
+    """
     for pattern in options.layers:
         if not any(matches(pattern, name) for name in weights):
             raise UserError(f"adaround: layers {pattern!r} matches no weight{near_misses(pattern, weights)}")
@@ -581,7 +590,7 @@ def adaround(
     weights = {name: info for name, info in sites.items() if info.kind == "weight"}
     chosen = {
         name: spec.at(weights[name].channel_axis, len(weights[name].shape))
-        for name, spec in _chosen(options, policy, list(weights)).items()
+        for name, spec in layers_to_round(options, policy, list(weights)).items()
     }
     ranges = weight_ranges(policy, sites, params)
     owners = {name.rpartition("/")[0]: name for name in chosen}

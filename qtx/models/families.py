@@ -18,6 +18,7 @@ from qtx.nn.bert import BertClassifier, BertConfig
 from qtx.nn.distilbert import DistilBertClassifier
 from qtx.nn.mobilebert import MobileBertClassifier
 from qtx.nn.roberta import RobertaClassifier
+from qtx.nn.sites import SiteInfo, list_sites
 from qtx.nn.squeezebert import SqueezeBertClassifier
 
 
@@ -50,6 +51,11 @@ class Family:
     ignored: tuple[str, ...]
     kernel_from_hf: Callable[[np.ndarray], np.ndarray] = np.transpose
     kernel_to_hf: Callable[[str, np.ndarray], np.ndarray] = lambda path, kernel: kernel.T
+
+    def sites(self, config: BertConfig) -> dict[str, SiteInfo]:
+        """Returns the sites of a model of this family and size; nothing is computed."""
+        model = self.module(config=config)
+        return list_sites(model, jax.eval_shape(model.init, jax.random.key(0), *example_inputs()), *example_inputs())
 
 
 FAMILIES: dict[str, Family] = {
