@@ -1,5 +1,6 @@
 """The catalogue of bad input: each gives one clear line that names the thing and the remedy, before training starts."""
 
+import gzip
 import json
 import os
 import shutil
@@ -321,6 +322,36 @@ def test_tsv_with_a_wrong_column_count(tiny_config, tmp_path):
     assert "train.tsv" in (text := train(tiny_config, tmp_path)) and "3" in text
 
 
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ('"1","no description"', "train.csv, line 9: expected 3 columns"),
+        ('"1","a","b","c"', "train.csv, line 9: expected 3 columns"),
+        ('"5","a","b"', "train.csv, line 9: unknown label '5'"),
+        ('"Sports","a","b"', "train.csv, line 9: unknown label 'Sports'"),
+        ('"1",""," "', "train.csv, line 9: column 'text' is empty"),
+    ],
+)
+def test_ag_news_row(tiny_config, tmp_path, row, named):
+    rows = [f'"{1 + i % 4}","a film {i}","a plot"' for i in range(8)]
+    for file in ("train", "test"):
+        (tmp_path / f"{file}.csv").write_text("\n".join([*rows, row]) + "\n")
+    tiny_config.task, tiny_config.data.dir = "ag_news", str(tmp_path)
+    assert named in train(tiny_config, tmp_path)
+
+
+def test_ag_news_file_that_is_empty_or_truncated(tiny_config, tmp_path):
+    rows = "".join(f'"{1 + i % 4}","a film {i}","a plot"\n' for i in range(40))
+    (tmp_path / "train.csv").write_text(rows)
+    tiny_config.task, tiny_config.data.dir = "ag_news", str(tmp_path)
+    assert "missing file" in (text := train(tiny_config, tmp_path)) and "test.csv" in text
+    (tmp_path / "test.csv").write_text("")
+    assert "test.csv holds no examples" in train(tiny_config, tmp_path)
+    (tmp_path / "test.csv").unlink()
+    (tmp_path / "test.csv.gz").write_bytes(gzip.compress(rows.encode())[:-20])
+    assert "cut short" in (text := train(tiny_config, tmp_path)) and "test.csv.gz" in text
+
+
 def test_empty_split(tiny_config, tmp_path):
     (tmp_path / "empty.csv").write_text("text,label\n")
     tiny_config.data.validation = str(tmp_path / "empty.csv")
@@ -332,10 +363,11 @@ def test_missing_column(tiny_config, tmp_path):
     assert "'lable'" in (text := train(tiny_config, tmp_path)) and "label" in text
 
 
-def test_no_data_directory(tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("task", ["rte", "ag_news"])
+def test_no_data_directory(tiny_config, tmp_path, monkeypatch, task):
     monkeypatch.delenv("QTX_DATA_DIR", raising=False)
     monkeypatch.setattr(data.sources, "_require_network", lambda url: (_ for _ in ()).throw(OSError("offline")))
-    tiny_config.task, tiny_config.data.dir = "rte", str(tmp_path / "nowhere")
+    tiny_config.task, tiny_config.data.dir = task, str(tmp_path / "nowhere")
     assert "nowhere" in train(tiny_config, tmp_path)
     tiny_config.data.dir = None
     assert "QTX_DATA_DIR" in train(tiny_config, tmp_path)

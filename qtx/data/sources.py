@@ -1,4 +1,4 @@
-"""Where texts and labels come from: GLUE files, tensorflow-datasets, two pip packages, and the user's own files.
+"""Where texts and labels come from: GLUE and AG_NEWS files, tensorflow-datasets, two pip packages, the user's own files.
 
 Everything is read before it is returned, and what is wrong with a file is said with its name and line.
 """
@@ -17,7 +17,7 @@ import os
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A task with its splits: always `train` and `validation`, and what else there is with labels."""
+    """A task with its splits: always `train` and `validation`, and what else there is with labels, such as `test`."""
 
     task: Task
     splits: dict[str, Examples]
@@ -71,10 +71,14 @@ def load(
     as `RTE`, and from tensorflow-datasets when there is no such directory. `film_reviews` and `bbc_news` come from pip
     packages, which are read and not imported.
 
+    AG_NEWS is read from its CSV files (plain or .gz), `train.csv`, else `train_partial.csv`, and `test.csv`, in
+    `<data_dir>/ag_news/` or `<data_dir>/`, and from tensorflow-datasets where there are none. It has no validation split
+    of its own: 5% of the training rows of every class, drawn with `seed`, become it. `test` is the whole test file.
+
     Args:
       task: a name in `tasks.TASKS`, or that task.
       data_dir: where the files are; the environment variable QTX_DATA_DIR when not given.
-      seed: of the splits that are made here (film_reviews, bbc_news) and of the limited subsets.
+      seed: of the splits that are made here (ag_news, film_reviews, bbc_news) and of the limited subsets.
       limit_train: keep a random subset of at most this many training examples.
       limit_eval: the same for every other split.
 
@@ -89,6 +93,8 @@ def load(
         splits = _PACKAGED[task.name](task, seed)
     elif task.name in _GLUE:
         splits = _load_glue(task, data_dir)
+    elif task.name == "ag_news":
+        splits = _load_ag_news(task, data_dir, seed)
     else:
         raise UserError(f"task {task.name!r} is not built in; use load_table or load_folder for your own files")
     limits = {"train": limit_train}
@@ -121,10 +127,7 @@ def load_table(
     paths = {"train": Path(train), "validation": Path(validation)}
     tables = {name: _read_table(path, (*columns, label_column)) for name, path in paths.items()}
     for table in tables.values():
-        for name, texts in zip(columns, table.columns, strict=False):
-            for line, text in zip(table.lines, texts, strict=True):
-                if not text.strip():
-                    raise UserError(f"{table.path}, line {line}: column {name!r} is empty; fill it or remove the row")
+        _require_text(table, columns)
     labels = _label_names(tables["train"].columns[-1], paths["train"])
     task = Task(paths["train"].name.split(".")[0], columns, labels)
     return Dataset(task, {name: _to_examples(table, task, labels) for name, table in tables.items()})
@@ -212,29 +215,84 @@ _GLUE = {
 
 def _load_glue(task: Task, data_dir: str | os.PathLike[str] | None) -> dict[str, Examples]:
     layout = _GLUE[task.name]
-    root = data_dir or os.environ.get(DATA_DIR_VARIABLE)
-    searched: list[Path] = []
-    if root:
-        if not Path(root).is_dir():
-            origin = "data_dir" if data_dir else DATA_DIR_VARIABLE
-            raise UserError(f"{origin} {root} is not a directory; it must hold glue/{layout.folder}")
-        searched = [Path(root) / "glue" / layout.folder, Path(root) / layout.folder]
+    searched = _places(data_dir, (f"glue/{layout.folder}", layout.folder))
     folder = next((path for path in searched if path.is_dir()), None)
     if folder is None:
-        return _load_tfds(task, layout, searched)
-    files = {"train": ("train.tsv",), "validation": layout.validation}
-    optional = {"validation_mismatched": layout.mismatched, "test": ("test_labelled.tsv",)}
-    found = {name: _first_file(folder, names) for name, names in (files | optional).items()}
-    for name, names in files.items():
-        if found[name] is None:
-            wanted = " or ".join(f"{folder / file}[.gz]" for file in names)
-            raise UserError(f"{task.name}: missing file {wanted}; put the official GLUE file there")
+        official = f"glue/{layout.folder}/train.tsv"
+        return _load_tfds(task, task.columns, "https://dl.fbaipublicfiles.com", official, searched)
+    files = {
+        "train": ("train.tsv",),
+        "validation": layout.validation,
+        "validation_mismatched": layout.mismatched,
+        "test": ("test_labelled.tsv",),
+    }
     splits = {}
-    for name, path in found.items():
-        if path is not None:
-            table = _read_table(path, (*layout.texts, layout.label), layout.header, layout.tolerance)
-            splits[name] = _to_examples(table, task, layout.tokens)
+    for name, path in _find_files(task, folder, files, optional=("validation_mismatched", "test")).items():
+        table = _read_table(path, (*layout.texts, layout.label), layout.header, layout.tolerance)
+        splits[name] = _to_examples(table, task, layout.tokens)
     return splits
+
+
+# ------------------------------------------------------------------------------------------------- AG_NEWS
+
+
+_AG_NEWS_FILES = {"train": ("train.csv", "train_partial.csv"), "test": ("test.csv",)}
+_AG_NEWS_HEADER = ("class", "title", "description")  # the files have no header line
+
+
+def _load_ag_news(task: Task, data_dir: str | os.PathLike[str] | None, seed: int) -> dict[str, Examples]:
+    """News by topic (Zhang, Zhao and LeCun 2015), title and description joined by one space."""
+    searched = _places(data_dir, ("ag_news", "."))
+    folder = next((path for path in searched for names in _AG_NEWS_FILES.values() if _first_file(path, names)), None)
+    if folder is None:
+        columns = ("title", "description")
+        raw = _load_tfds(task, columns, "https://drive.google.com", "ag_news/train.csv", searched)
+        splits = {name: Examples((_joined(*split.texts),), split.labels) for name, split in raw.items()}
+    else:
+        tokens = [str(i) for i in range(1, task.num_labels + 1)]
+        splits = {}
+        for name, path in _find_files(task, folder, _AG_NEWS_FILES).items():
+            table = _read_table(path, _AG_NEWS_HEADER, _AG_NEWS_HEADER)
+            labels, titles, descriptions = table.columns
+            table = dataclasses.replace(table, columns=(_joined(titles, descriptions), labels))
+            _require_text(table, task.columns)
+            splits[name] = _to_examples(table, task, tokens)
+    held_out = _stratified(splits["train"].labels, 0.05, seed)
+    return {**_split(splits["train"], held_out, folder or Path(task.name)), "test": splits["test"]}
+
+
+def _joined(titles: Iterable[str], descriptions: Iterable[str]) -> list[str]:
+    pairs = zip(titles, descriptions, strict=True)
+    return [f"{title} {description}" if title else description for title, description in pairs]
+
+
+# ------------------------------------------------------------------------------- directories and downloads
+
+
+def _places(data_dir: str | os.PathLike[str] | None, below: Sequence[str]) -> list[Path]:
+    """Returns where a task's files may be; none without a data directory."""
+    root = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+    if not root:
+        return []
+    if not Path(root).is_dir():
+        origin = "data_dir" if data_dir else DATA_DIR_VARIABLE
+        raise UserError(f"{origin} {root} is not a directory; it must hold {below[0]}")
+    return [Path(root) / name for name in below]
+
+
+def _find_files(
+    task: Task, folder: Path, files: Mapping[str, Sequence[str]], optional: Collection[str] = ()
+) -> dict[str, Path]:
+    """Returns the file of each split, by the first name that is there; optional splits may have none."""
+    found = {}
+    for name, names in files.items():
+        path = _first_file(folder, names)
+        if path is not None:
+            found[name] = path
+        elif name not in optional:
+            wanted = " or ".join(f"{folder / file}[.gz]" for file in names)
+            raise UserError(f"{task.name}: missing file {wanted}; put the official file there")
+    return found
 
 
 def _first_file(folder: Path, names: Iterable[str]) -> Path | None:
@@ -242,33 +300,43 @@ def _first_file(folder: Path, names: Iterable[str]) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _load_tfds(task: Task, layout: _Layout, searched: Sequence[Path]) -> dict[str, Examples]:
-    """Loads through tensorflow-datasets, or says everything that was looked for and how to get it."""
+def _load_tfds(
+    task: Task, columns: Sequence[str], host: str, official: str, searched: Sequence[Path]
+) -> dict[str, Examples]:
+    """Loads through tensorflow-datasets, or says everything that was looked for and how to get it.
+
+    Args:
+      task: what to load.
+      columns: the features that hold the texts.
+      host: where the builder downloads from.
+      official: a file that would do instead, below the data directory.
+      searched: where it was not.
+    """
     looked = " or ".join(map(str, searched)) if searched else f"any directory, as {DATA_DIR_VARIABLE} is not set"
     try:
-        raw = _fetch_tfds(task)
+        raw = _fetch_tfds(task, host)
     except Exception as error:  # tensorflow-datasets fails in many ways, and none of them names the remedy
         needs = "" if importlib.util.find_spec("tensorflow") else " (TensorFlow is not installed)"
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise UserError(
-            f"{task.name}: no GLUE files found in {looked}, "
+            f"{task.name}: no official files found in {looked}, "
             f"and tensorflow-datasets gave no {task.tfds}{needs}: {reason}; "
-            f"point --data_dir or {DATA_DIR_VARIABLE} at a folder with glue/{layout.folder}/train.tsv, "
+            f"point --data_dir or {DATA_DIR_VARIABLE} at a folder with {official}, "
             "or pip install 'qtx[tensorflow]' and connect to the network"
         ) from error
     splits = {}
     # The test splits of GLUE carry no labels there.
     for name, source in raw.items():
-        if name.startswith("test"):
+        if name.startswith("test") and task.name in _GLUE:
             continue
         rows = list(source)
-        texts = tuple([_as_text(row[column]) for row in rows] for column in task.columns)
+        texts = tuple([_as_text(row[column]) for row in rows] for column in columns)
         labels = np.array([row["label"] for row in rows], np.float32 if task.is_regression else np.int32)
         splits[name.removesuffix("_matched")] = Examples(texts, labels)
     return splits
 
 
-def _fetch_tfds(task: Task) -> Mapping[str, Iterable[Mapping[str, Any]]]:
+def _fetch_tfds(task: Task, host: str) -> Mapping[str, Iterable[Mapping[str, Any]]]:
     """Returns the splits of a tensorflow-datasets builder: prepared ones first, then downloaded, then by TensorFlow."""
     import tensorflow_datasets as tfds
     import tensorflow_datasets.text.glue  # noqa: F401  (registers the builder: the lazy registry misses it)
@@ -283,7 +351,7 @@ def _fetch_tfds(task: Task) -> Mapping[str, Iterable[Mapping[str, Any]]]:
         with contextlib.suppress(Exception):
             if prepared := tfds.load(task.tfds, download=False):
                 return tfds.as_numpy(prepared)
-    _require_network("https://dl.fbaipublicfiles.com")
+    _require_network(host)
     try:
         return tfds.data_source(task.tfds)
     except Exception:
@@ -436,6 +504,14 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
             start = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{path}, line {start}: not valid CSV ({error}); check the quotes from that line on") from None
+
+
+def _require_text(table: _Table, names: Sequence[str]) -> None:
+    """Raises a `UserError` if one of a table's first columns, which have these names, has an empty field."""
+    for name, texts in zip(names, table.columns, strict=False):
+        for line, text in zip(table.lines, texts, strict=True):
+            if not text.strip():
+                raise UserError(f"{table.path}, line {line}: column {name!r} is empty; fill it or remove the row")
 
 
 def _to_examples(table: _Table, task: Task, tokens: Sequence[str]) -> Examples:

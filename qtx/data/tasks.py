@@ -21,7 +21,7 @@ class Task:
       columns: the names of the one or two text columns.
       labels: class names, in the order of the class ids; empty for regression.
       metrics: names out of `METRICS`.
-      tfds: the name in tensorflow-datasets, whose features are called like `columns`; None where there is none.
+      tfds: the name in tensorflow-datasets; None where there is none.
     """
 
     name: str
@@ -56,6 +56,7 @@ TASKS: dict[str, Task] = {
         Task("qnli", ("question", "sentence"), _ENTAILMENT, tfds="glue/qnli"),
         Task("rte", _PAIR, _ENTAILMENT, tfds="glue/rte"),
         Task("wnli", _PAIR, ("not_entailment", "entailment"), tfds="glue/wnli"),
+        Task("ag_news", ("text",), ("World", "Sports", "Business", "Sci/Tech"), tfds="ag_news_subset"),
         Task("film_reviews", ("text",), ("rotten", "fresh")),
         Task("bbc_news", ("text",), ("business", "entertainment", "politics", "sports", "tech")),
     )

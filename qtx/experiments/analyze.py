@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from qtx.analysis import memory, outliers, sensitivity
 from qtx.errors import UserError, near_misses
 from qtx.experiments.run import calibration_options, policy_to_apply
-from qtx.experiments.setup import Experiment, setup
+from qtx.experiments.setup import VALIDATION, Experiment, setup
 from qtx.files import write_text
 from qtx.quant.policy import Policy
 from qtx.train.report import Table, check_config, save_config
@@ -74,11 +74,11 @@ def _sensitivity(experiment: Experiment, policy: Policy) -> Part:
     batches = experiment.calibration_batches()
 
     def run(workdir: Path) -> list[str | Table]:
-        plain = experiment.logits(experiment.model, experiment.variables)
+        plain = experiment.logits(experiment.model, experiment.variables, VALIDATION)
         size = sum(float(np.sum(np.square(logits))) for logits in plain.values())
 
         def evaluate(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, float]:
-            logits = experiment.logits(model, variables)
+            logits = experiment.logits(model, variables, VALIDATION)
             off = sum(float(np.sum(np.square(logits[split] - plain[split]))) for split in plain)
             return experiment.metrics(logits) | {"error": (off / max(size, 1e-30)) ** 0.5}
 

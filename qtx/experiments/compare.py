@@ -21,7 +21,7 @@ from qtx import data, models
 from qtx.errors import UserError
 from qtx.experiments.config import adaround_from, changed, policy_from
 from qtx.experiments.run import check_quantization, post_training_quantization, save_quantized, train
-from qtx.experiments.setup import Experiment, setup
+from qtx.experiments.setup import VALIDATION, Experiment, setup
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound
 from qtx.quant.policy import Policy
@@ -116,7 +116,7 @@ def compare(config: ConfigDict, workdir: str | Path) -> list[Row]:
     for name, (policy, rounding) in methods.items():
         clock = time.perf_counter()
         quantized = post_training_quantization(experiment, params, policy, batches, rounding)
-        score = experiment.evaluate(quantized.model, quantized.variables)["score"]
+        score = experiment.evaluate(quantized.model, quantized.variables, VALIDATION)["score"]
         family, sizes = experiment.pretrained.family, experiment.pretrained.config
         directory = workdir / "quantized" / re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
         size = save_quantized(

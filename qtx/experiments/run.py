@@ -256,6 +256,8 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 def evaluate(config: ConfigDict, workdir: str | Path | None = None) -> dict[str, float]:
     """Evaluates a trained checkpoint or a packed artifact (`model.name`) on the task's validation data.
 
+    A labelled test split is evaluated, too; see `Experiment.evaluate`.
+
     Args:
       config: see `qtx.experiments.config`.
       workdir: receives `result.json`, if given.

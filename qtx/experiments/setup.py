@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ from qtx.train.loop import inputs, predict
 from qtx.train.sharding import make_mesh
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+VALIDATION = ("validation", "validation_mismatched")
+"""What models are chosen on: the score is the mean over these splits."""
+LABELLED = (*VALIDATION, "test")
+"""What models are evaluated on."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,33 +113,45 @@ class Experiment:
         """Returns the sites of the model, for its arguments or, without any, for the example ones."""
         return list_sites(self.model, {"params": self.pretrained.params}, *(args or models.example_inputs()))
 
-    def evaluate(self, model: nn.Module, variables: Mapping[str, Any]) -> dict[str, float]:
-        """Returns the task's metrics on its validation splits, with `score`, their mean.
+    def evaluate(
+        self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str] = LABELLED
+    ) -> dict[str, float]:
+        """Returns the task's metrics, with `score`, their mean on the validation splits.
 
-        MNLI's second validation split has its metrics under `mismatched_...`, and the score is the mean of both.
+        Validation metrics have plain names, those of MNLI's second validation split are under `mismatched_...`, and the
+        score is the mean of both. Test metrics are under `test_...` and not in the score.
+
+        Args:
+          model: module to evaluate.
+          variables: what it is applied to.
+          splits: which splits to evaluate on; those that the data set lacks are left out.
         """
-        return self.metrics(self.logits(model, variables))
+        return self.metrics(self.logits(model, variables, splits))
 
-    def logits(self, model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Returns the logits `[N, C]` of the task's validation splits."""
+    def logits(
+        self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str] = LABELLED
+    ) -> dict[str, np.ndarray]:
+        """Returns the logits `[N, C]` of splits; see `evaluate`."""
         found: dict[str, np.ndarray] = {}
-        for split in ("validation", "validation_mismatched"):
+        for split in splits:
             if split in self.encoded:
                 batches = self.batches(split, self.config.data.eval_batch_size, shuffle=False, epochs=1)
                 found[split] = predict(model, variables, batches, self.mesh)
         return found
 
     def metrics(self, logits: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Returns the metrics of what `logits` gave; see `evaluate`."""
+        """Returns the metrics of what `logits` gave; see `evaluate`. Without a validation split there is no `score`."""
+        prefixes = {"validation": "", "validation_mismatched": "mismatched_"}
         found: dict[str, float] = {}
         scores = []
         for split, its_logits in logits.items():
-            prefix = "" if split == "validation" else "mismatched_"
+            prefix = prefixes.get(split, f"{split}_")
             predictions = metrics.predictions_from_logits(its_logits, self.task.is_regression)
             values = metrics.compute(self.task.metrics, predictions, self.encoded[split].labels)
             found |= {prefix + name: value for name, value in values.items()}
-            scores.append(metrics.score(values))
-        return found | {"score": float(np.mean(scores))}
+            if split in VALIDATION:
+                scores.append(metrics.score(values))
+        return found | ({"score": float(np.mean(scores))} if scores else {})
 
 
 def load_dataset(config: ConfigDict) -> data.Dataset:

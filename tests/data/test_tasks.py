@@ -6,10 +6,10 @@ from qtx.data.tasks import METRICS, TASKS, Task, get_task
 from qtx.errors import UserError
 
 
-def test_the_nine_glue_tasks_and_the_two_packaged_ones():
-    glue = {name for name, task in TASKS.items() if task.tfds}
+def test_the_nine_glue_tasks_ag_news_and_the_two_packaged_ones():
+    glue = {name for name, task in TASKS.items() if (task.tfds or "").startswith("glue/")}
     assert glue == {"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
-    assert TASKS.keys() - glue == {"film_reviews", "bbc_news"}
+    assert TASKS.keys() - glue == {"ag_news", "film_reviews", "bbc_news"}
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
@@ -25,6 +25,7 @@ def test_label_ids_follow_the_published_order():
     assert get_task("mnli").labels == ("entailment", "neutral", "contradiction")
     assert get_task("rte").labels.index("entailment") == 0
     assert get_task("wnli").labels.index("entailment") == 1
+    assert get_task("ag_news").labels == ("World", "Sports", "Business", "Sci/Tech")
     assert get_task("cola").metrics == ("matthews",)
     assert get_task("mrpc").metrics == get_task("qqp").metrics == ("accuracy", "f1")
     assert get_task("stsb").metrics == ("pearson", "spearman")
