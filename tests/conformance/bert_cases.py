@@ -190,13 +190,13 @@ def run_forward(case_key):
         fits,
         sep="/",
     )
-    a = jax.jit(injected.apply)({"params": params, "ranges": ranges}, *evaluate)
+    a = injected.apply({"params": params, "ranges": ranges}, *evaluate)
 
     quantized = model.clone(policy=policy)
     calibration = [args[f"calib{i}"] for i in range(p["calib_batches"])]
     share = "ffn/down/output" if p["shared_h"] else None
     own = calibrate(quantized, params, calibration, share, "published")
-    b = jax.jit(quantized.apply)({"params": params, "ranges": own}, *evaluate)
+    b = quantized.apply({"params": params, "ranges": own}, *evaluate)
     return want, a, b, stored, traverse_util.flatten_dict(own, sep="/"), policy
 
 

@@ -422,13 +422,18 @@ def test_a_search_shows_the_best_first_and_survives_an_interrupt(runs, tmp_path,
 # --- the published tables, and real runs
 
 
+BY_SIZE = ["rte", "mrpc", "stsb", "cola", "sst2", "qnli", "qqp", "mnli"]
+
+
 @pytest.mark.parametrize("table", ["table1", "mixed", "peg", "main", "low_bit", "minilm"])
 def test_published_tables_are_complete(table):
     config = get_config("efficient_transformer_quantization", table)
     config.lock()
     trials = plan.plan(config)
     tasks = list(dict.fromkeys(trial.labels["task"] for trial in trials))
-    assert tasks == ["rte", "mrpc", "stsb", "cola", "sst2", "qnli", "qqp", "mnli"][: 4 if table == "minilm" else 8]
+    # By size in the tables of the paper; by the number of tokens, which is what a CPU feels, on MiniLM.
+    by_tokens = ["cola", "stsb", "mrpc", "rte"]
+    assert tasks == (by_tokens if table == "minilm" else BY_SIZE)
     for trial in trials:
         assert (trial.row.name == "FP32") != (trial.start == f"{trial.labels['task']}/FP32")
         quantized = trial.row.entry == "quantize" or "qat" in trial.config.recipe

@@ -216,6 +216,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_config, tmp_path):
     assert steps == sorted(set(steps)) and steps[-1] == 66
 
 
+EIGHT_DEVICES = " --xla_force_host_platform_device_count=8"
 SHARDED = """
 import sys, json, jax, numpy as np
 from flax import traverse_util
@@ -271,7 +272,7 @@ def test_eight_devices_give_the_loss_and_parameters_of_one(tiny_config, tmp_path
         "phases.finetune.steps": 3,
         "phases.qat.steps": 3,
     }
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ["XLA_FLAGS"] + EIGHT_DEVICES}
     arguments = [sys.executable, "-c", SHARDED, json.dumps(changes), str(tmp_path)]
     done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
