@@ -55,6 +55,11 @@ class Case:
     def file(self, suffix: str = "") -> dict[str, np.ndarray]:
         return arrays(self.directory / f"{self.project}{suffix}.npz")
 
+    def values(self, part: str) -> dict[str, Any]:
+        """Arrays and plain values of a part of an entry, in the layout that has `{"key": ...}` or `{"value": ...}` for each."""
+        file = self.file()
+        return {n: file[v["key"]] if "key" in v else v["value"] for n, v in self.entry.get(part, {}).items()}
+
     def inputs(self) -> dict[str, np.ndarray]:
         return {name: self.file()[key] for name, key in self.entry["inputs"].items()}
 

@@ -65,13 +65,12 @@ def _spec(policy: Policy | None, kind: Kind, name: str, info: SiteInfo) -> Spec 
 
 
 def _bits(spec: Spec | None) -> float:
-    return 32 if spec is None else math.log2(3) if spec.scheme == "ternary" else spec.bits
+    return 32 if spec is None else spec.storage_bits
 
 
 def _payload(spec: Spec | None, count: int) -> int:
-    if spec is not None and spec.scheme == "ternary":
-        return trits_size(count)
-    return packed_size(count, 32 if spec is None else spec.bits)
+    bits = _bits(spec)
+    return packed_size(count, int(bits)) if bits == int(bits) else trits_size(count)
 
 
 def weight_memory(policy: Policy | None, sites: Mapping[str, SiteInfo], params: Mapping[str, Any]) -> tuple[Item, ...]:
@@ -89,7 +88,9 @@ def weight_memory(policy: Policy | None, sites: Mapping[str, SiteInfo], params: 
         spec, count = specs.get(name), math.prod(value.shape)
         plain = _bits(spec) if name in specs else of_module.get(name.rpartition("/")[0], 32)
         ranges = 0 if spec is None else rows.row_count(spec.granularity, value.shape) or 1
-        zero_point = 0 if spec is None or spec.scheme != "asymmetric" else 1 if spec.bits <= 8 else 2
+        zero_point = 0
+        if spec is not None and spec.has_zero_point:
+            zero_point = 4 if spec.scheme != "asymmetric" else 1 if spec.bits <= 8 else 2
         items.append(Item(name, count, _bits(spec), plain, _payload(spec, count), 4 * ranges, zero_point * ranges))
     return tuple(items)
 

@@ -59,8 +59,7 @@ class Row:
 def bits_of(policy: Policy | None, kind: str) -> str:
     """Returns the bit widths of a policy's rules for weights or activations: `8`, `8/16`, `1.58`."""
     rules = () if policy is None else policy.weights if kind == "weight" else policy.activations
-    names = {"ternary": "1.58", "binary": "1"}
-    found = {names.get(rule.spec.scheme, str(rule.spec.bits)) for rule in rules if rule.spec is not None}
+    found = {f"{rule.spec.storage_bits:.3g}" for rule in rules if rule.spec is not None}
     return "/".join(sorted(found, key=float)) or "32"
 
 

@@ -16,10 +16,22 @@ from ml_collections.config_dict import placeholder
 
 from qtx.errors import UserError, near_misses
 from qtx.methods.adaround import AdaRound
+from qtx.methods.agnews_study import input_policy, pattern_policy
 from qtx.methods.efficient_quantization import Value, policy_of, with_value
 from qtx.nn.aliases import policy as make_policy
-from qtx.quant import Spec, estimator, per_channel, per_embedding, per_group, per_position, per_tensor, per_token
+from qtx.quant import (
+    Spec,
+    estimator,
+    ir_net,
+    per_channel,
+    per_embedding,
+    per_group,
+    per_position,
+    per_tensor,
+    per_token,
+)
 from qtx.quant.policy import Policy
+from qtx.quant.spec import CODEBOOKS
 from qtx.train.optimizer import OptimizerConfig
 
 GRANULARITIES = {
@@ -117,13 +129,18 @@ def quantization() -> ConfigDict:
     """Returns the section that describes a policy: W8A8, everything per tensor."""
     return ConfigDict(
         {
-            "weight_bits": 8,  # 32: full precision
-            "weight_scheme": "symmetric",  # 'asymmetric', 'ternary', 'binary'
+            "weight_bits": placeholder(int),  # None: 8, or what the scheme has; 32: full precision
+            "weight_scheme": "symmetric",  # 'asymmetric', 'ternary', 'binary', 'ir_net', 'magnitude', ...: see `Spec`
             "weight_granularity": "tensor",  # 'channel'
+            "weight_rounding": "nearest",  # 'stochastic', in training
+            "weight_scale": "mean",  # of ternary and binary grids: 'shift' (a power of two) or 'one'
+            "weight_gradient": "straight",  # of ternary and binary grids: 'clipped' (within [-1, 1]) or 'decay'
+            "pattern": "",  # of layers whose weights are quantized, see `qtx.methods.agnews_study`; '': all weights
             "weight_estimator": "current_minmax",
             "weight_options": ConfigDict(convert_dict=True),  # fields of the estimator
             "activation_bits": 8,
-            "activation_scheme": "asymmetric",
+            "activation_sites": "outputs",  # of layers, and between them; 'inputs': of linear layers but the last
+            "activation_scheme": "asymmetric",  # 'symmetric', 'offset', or as published 'shifted'
             "activation_granularity": "tensor",  # 'embedding', 'token', 'position', or a number of groups: '6', '6p'
             "activation_estimator": "current_minmax",
             "activation_options": ConfigDict(convert_dict=True),
@@ -255,30 +272,7 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
     Raises:
       UserError: on unknown schemes, estimators, granularities, keys or values.
     """
-    weights = activations = None
-    if section.weight_scheme in ("ternary", "binary"):
-        bits = 2 if section.weight_scheme == "ternary" else 1
-        weights = Spec(bits, section.weight_scheme, _granularity(section.weight_granularity), range="dynamic")
-    elif section.weight_bits != 32:
-        how = estimator(section.weight_estimator, **section.weight_options)
-        weights = Spec(
-            section.weight_bits,
-            section.weight_scheme,
-            _granularity(section.weight_granularity),
-            how,
-            scale_domain=section.scale_domain,
-            range_gradient=section.range_gradient,
-        )
-    if section.activation_bits != 32:
-        how = estimator(section.activation_estimator, padding=section.padding, **section.activation_options)
-        activations = Spec(
-            section.activation_bits,
-            section.activation_scheme,
-            estimator=how,
-            range=section.activation_range,
-            scale_domain=section.scale_domain,
-            range_gradient=section.range_gradient,
-        )
+    weights, activations = _weight_spec(section), _activation_spec(section)
     granularity = _granularity(section.activation_granularity)
     everywhere = None if granularity == per_tensor() else granularity
     overrides = parse_overrides(section.overrides)
@@ -287,6 +281,10 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
         return None
     if own and weights is None:
         raise UserError("quant.weight_overrides is given, but quant.weight_bits is 32: give the other weights bits too")
+    if section.pattern or section.activation_sites == "inputs":
+        return _pattern_policy(section, weights, activations, overrides | own)
+    if section.activation_sites != "outputs":
+        raise UserError(f"quant.activation_sites is {section.activation_sites!r}; choose from 'outputs', 'inputs'")
     if weights is None or not weights.is_codebook:
         found = policy_of(weights, activations, overrides, num_layers, section.setup, everywhere)
         rules: dict[str, Spec | None] = {}
@@ -300,6 +298,70 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
     if base is not None:
         rules |= {key: with_value(base, value) for key, value in own.items()}
     return dataclasses.replace(found, weights=found.weights + make_policy(weights=rules).weights)
+
+
+def _weight_spec(section: ConfigDict) -> Spec | None:
+    scheme, bits = section.weight_scheme, section.weight_bits
+    granularity = _granularity(section.weight_granularity)
+    if scheme == "ir_net" or scheme in CODEBOOKS:
+        least, most = CODEBOOKS.get(scheme, (1, 1))
+        if bits is None:
+            bits = min(most, 8)
+        if not least <= bits <= most:
+            has = f"{least} bit{'s' * (least > 1)}" if least == most else f"{least} to {most} bits"
+            raise UserError(f"quant.weight_scheme {scheme!r} has {has}, not {bits}: leave quant.weight_bits out")
+        if scheme == "ir_net":
+            return ir_net(granularity)
+        options = {}
+        if scheme in ("ternary", "binary"):
+            options = dict(scale=section.weight_scale, gradient=section.weight_gradient)
+        return Spec(bits, scheme, granularity, range="dynamic", rounding=section.weight_rounding, **options)
+    if bits == 32:
+        return None
+    return Spec(
+        8 if bits is None else bits,
+        scheme,
+        granularity,
+        estimator(section.weight_estimator, **section.weight_options),
+        scale_domain=section.scale_domain,
+        range_gradient=section.range_gradient,
+        rounding="truncate" if scheme == "shifted" else section.weight_rounding,
+    )
+
+
+def _activation_spec(section: ConfigDict) -> Spec | None:
+    if section.activation_bits == 32:
+        return None
+    return Spec(
+        section.activation_bits,
+        section.activation_scheme,
+        estimator=estimator(section.activation_estimator, padding=section.padding, **section.activation_options),
+        range=section.activation_range,
+        scale_domain=section.scale_domain,
+        range_gradient=section.range_gradient,
+        rounding="truncate" if section.activation_scheme == "shifted" else "nearest",
+    )
+
+
+def _pattern_policy(
+    section: ConfigDict, weights: Spec | None, activations: Spec | None, overrides: dict[str, Value]
+) -> Policy:
+    """Returns the policy of a pattern study: weights by pattern, activations at the inputs of linear layers."""
+    if overrides:
+        raise UserError(
+            f"quant.pattern and activation_sites='inputs' do not go with overrides, such as {next(iter(overrides))!r}"
+        )
+    if section.pattern and weights is None:
+        raise UserError(f"quant.pattern is {section.pattern!r}, but quant.weight_bits is 32: give the weights bits")
+    if activations is not None and section.activation_sites != "inputs":
+        raise UserError(
+            "quant.pattern names weights: set quant.activation_bits=32, or quant.activation_sites='inputs' to quantize what "
+            "linear layers see"
+        )
+    everywhere = _granularity(section.activation_granularity)
+    inputs = activations and dataclasses.replace(activations, granularity=everywhere)
+    found = pattern_policy(section.pattern or "ALL", weights) if weights is not None else make_policy()
+    return dataclasses.replace(found, inputs=input_policy(inputs).inputs if inputs is not None else ())
 
 
 def adaround_from(section: ConfigDict) -> AdaRound:

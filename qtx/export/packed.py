@@ -161,6 +161,8 @@ def _weight_spec(policy: Policy, sites: Mapping[str, SiteInfo], name: str) -> Sp
 
 
 def _zero_point_dtype(spec: Spec) -> np.dtype:
+    if spec.scheme == "offset":
+        return np.dtype(np.float32)
     return np.dtype(np.uint8 if spec.bits <= 8 else np.uint16)
 
 
@@ -185,17 +187,20 @@ def _packed(
         raise UserError(f"weight {name!r}: permuted groups are for activations; use per_group(K) or per_channel()")
     integers, scale, zero_point = grid.quantize(spec, weight, qparams)
     codes, signed = np.asarray(integers), spec.is_codebook or (qparams is not None and bool(qparams.signed))
+    signs = {"ternary": "trits", "sign": "trits", "binary": "signs"}.get(spec.scheme)
+    bits = spec.bits if signs or not spec.is_codebook else int(spec.storage_bits)  # a magnitude has a sign besides
+    minimum = -1 if signs else -(2 ** (bits - 1)) if spec.is_codebook else int(grid.limits(spec, signed)[0])
     entry = {
         "shape": list(weight.shape),
-        "bits": spec.bits,
+        "bits": bits,
         "scheme": spec.scheme,
         "granularity": dataclasses.asdict(spec.granularity),
-        "packing": {"ternary": "trits", "binary": "signs"}.get(spec.scheme, "bits"),
-        "minimum": -1 if spec.is_codebook else int(grid.limits(spec, signed)[0]),
+        "packing": signs or "bits",
+        "minimum": minimum,
         "signed": signed,
     }
     tensors = {name: _encode(entry, codes), f"{name}:scale": _per_row(scale, spec, weight.shape).astype(np.float32)}
-    if spec.scheme == "asymmetric":
+    if spec.has_zero_point:
         tensors[f"{name}:zero_point"] = _per_row(zero_point, spec, weight.shape).astype(_zero_point_dtype(spec))
     return entry, tensors
 

@@ -14,6 +14,9 @@ module's `policy` and by the variable collections that are passed to `apply`, in
     observers    mutable: the range is estimated from the value (calibration)
     ranges       scale and zero point in use; trained when the spec says `range='learned'`
     switches     holds the name: the grid is used where the flag is true; one program serves every choice of sites
+    noise        holds the name: draws for stochastic rounding; without it they come from the random stream `rounding`,
+                 and without that, as in evaluation, rounding is to nearest
+    schedule     holds `progress` at its root: how far training has come, for grids that depend on it; else 1
 
 Without a policy and collections a site is its argument: parameters and values are those of the plain model.
 
@@ -155,7 +158,11 @@ def site(
         return x if lookup is None else jnp.take(x, lookup, axis=0)
     spec = spec.at(channel_axis, x.ndim)
     params = _params(scope, role, x, spec, kind, where)
-    y = grid.fake_quant(spec, x, params) if lookup is None else grid.fake_quant_rows(spec, x, lookup, params)
+    noise, progress = _noise(module, scope, role, x, spec), _progress(scope, spec)
+    if lookup is None:
+        y = grid.fake_quant(spec, x, params, noise, progress)
+    else:
+        y = grid.fake_quant_rows(spec, x, lookup, params, noise, progress)
     if scope.has_variable("switches", role):
         plain = x if lookup is None else jnp.take(x, lookup, axis=0)
         y = jnp.where(scope.get_variable("switches", role), y, plain)
@@ -181,6 +188,19 @@ def _params(
         name = "/".join((*scope.path, role))
         raise UserError(f"site {name!r} has no range yet; calibrate the model first, or give it range='dynamic'")
     return grid.QParams(**stored)
+
+
+def _noise(module: Any, scope: Any, role: str, x: jax.Array, spec: Spec) -> jax.Array | None:
+    if spec.rounding != "stochastic":
+        return None
+    if scope.has_variable("noise", role):
+        return scope.get_variable("noise", role)
+    return jax.random.uniform(module.make_rng("rounding"), x.shape) if module.has_rng("rounding") else None
+
+
+def _progress(scope: Any, spec: Spec) -> jax.Array | float:
+    found = scope.root.get_variable("schedule", "progress") if spec.needs_progress else None
+    return 1.0 if found is None else found
 
 
 def list_sites(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, SiteInfo]:

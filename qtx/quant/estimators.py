@@ -80,12 +80,18 @@ def observe(
         assert state is None or isinstance(state, search.SearchState)
         return search.search(spec, search.start(spec, x, weight) if state is None else state, x, weight)
     low, high = _extremes(how, x, weight)
+    if how.from_zero:
+        low = jnp.zeros_like(low)
     if state is None or how.over == "current":
         return MinMaxState(low, high)
     if how.over == "all":
         return MinMaxState(jnp.minimum(state.low, low), jnp.maximum(state.high, high))
     keep = how.momentum
-    return MinMaxState((1 - keep) * low + keep * state.low, (1 - keep) * high + keep * state.high)
+    mean = MinMaxState((1 - keep) * low + keep * state.low, (1 - keep) * high + keep * state.high)
+    if how.over == "restarting":
+        restart = state.low * state.high == 0
+        return MinMaxState(jnp.where(restart, low, mean.low), jnp.where(restart, high, mean.high))
+    return mean
 
 
 def estimated_range(spec: Spec, state: State) -> tuple[jax.Array, jax.Array]:

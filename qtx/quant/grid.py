@@ -5,9 +5,12 @@ Notation: `b` bits, scale `s`, zero point `z`, `[.]` rounds half to even.
     asymmetric    q in [0, 2^b - 1]             x_q = s (clip([x/s] + [z], 0, 2^b - 1) - [z])
     symmetric     q in [-2^(b-1), 2^(b-1) - 1]  x_q = s clip([x/s], q_min, q_max)
     one-sided     q in [0, 2^b - 1]             when a symmetric range has no negative part
+    offset        q in [0, 2^b - 1]             x_q = s [(clip(x, low, high) - low)/s] + low
+    shifted       as published in the AG_NEWS study: s trunc(clip(x, low, high)/s) + low, all gradient passes
 
 Rounding comes before the integer zero point is added, and the zero point is stored as a real number, so that both can be
-trained independently (reference: Bondarenko et al. 2021, section 2).
+trained independently (reference: Bondarenko et al. 2021, section 2). The last two store `z = -low/s` and never round it.
+Stochastic rounding adds `(u - 1/2) s` with uniform `u` before rounding to nearest.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qtx.errors import UserError
 from qtx.quant import codebook, rows, ste
 from qtx.quant.exact import divide
 from qtx.quant.spec import Spec
@@ -41,7 +45,7 @@ class QParams(NamedTuple):
 def limits(spec: Spec, signed: jax.Array | bool) -> tuple[jax.Array, jax.Array]:
     """Returns the least and greatest integer of the grid as float32 scalars."""
     full = float(2**spec.bits - 1)
-    if spec.scheme == "asymmetric":
+    if spec.has_zero_point:
         return jnp.float32(0), jnp.float32(full)
     half = float(2 ** (spec.bits - 1))
     return jnp.where(signed, jnp.float32(-half), 0), jnp.where(signed, jnp.float32(half - 1), jnp.float32(full))
@@ -67,6 +71,8 @@ def effective_scale(spec: Spec, stored: jax.Array) -> jax.Array:
 
 def effective_zero_point(spec: Spec, stored: jax.Array) -> jax.Array:
     """Rounds the stored zero point onto the grid; straight-through inside, no gradient beyond."""
+    if spec.scheme in ("offset", "shifted"):
+        return stored
     if spec.scheme != "asymmetric":
         return jnp.zeros_like(stored)
     return ste.clip_ste(ste.round_ste(stored), 0.0, float(2**spec.bits - 1))
@@ -75,7 +81,7 @@ def effective_zero_point(spec: Spec, stored: jax.Array) -> jax.Array:
 def qparams(spec: Spec, low: jax.Array, high: jax.Array, group: jax.Array | None = None) -> QParams:
     """Turns a range into scale and zero point.
 
-    Zero is always representable: `low` is pulled down to 0 and `high` up to `eps`.
+    Zero is always representable, but for `'offset'` and `'shifted'`: `low` is pulled down to 0 and `high` up to `eps`.
 
     Args:
       spec: a uniform spec.
@@ -84,6 +90,9 @@ def qparams(spec: Spec, low: jax.Array, high: jax.Array, group: jax.Array | None
       group: kept with the parameters, for permuted groups.
     """
     low, high = jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
+    if spec.scheme in ("offset", "shifted"):
+        step = jnp.maximum(divide(high - low, float(2**spec.bits - 1)), spec.eps)
+        return QParams(to_domain(spec, step), divide(-low, step), jnp.asarray(False), group)
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, spec.eps)
     if spec.scheme == "asymmetric":
         step = divide(high - low, float(2**spec.bits - 1))
@@ -112,27 +121,50 @@ def affine(spec: Spec, params: QParams, shape: tuple[int, ...]) -> Affine:
     return Affine(scale, rows.expand(zero_point, spec.granularity, shape, params.group), q_min, q_max)
 
 
-def fake_quant(spec: Spec, x: jax.Array, params: QParams | None = None) -> jax.Array:
+def fake_quant(
+    spec: Spec,
+    x: jax.Array,
+    params: QParams | None = None,
+    noise: jax.Array | None = None,
+    progress: jax.Array | float = 1.0,
+) -> jax.Array:
     """Puts `x` on its grid and back, with straight-through gradients.
 
     Args:
       spec: with concrete axes; its `range` decides whether scale and zero point receive gradients.
       x: any float tensor; 16-bit floats are quantized in float32 arithmetic.
-      params: from `qparams`; not used by ternary and binary, which take their scale from `x`.
+      params: from `qparams`; not used by codebooks, which take their scale from `x`.
+      noise: uniform in [0, 1), of the shape of `x`, for stochastic rounding; None: to nearest.
+      progress: of training, in [0, 1], for codebooks that depend on it.
 
     Returns:
       Same shape and dtype as `x`.
     """
     if spec.is_codebook:
-        codes, scale = codebook.codes(spec, x)
-        return ste.identity_ste(x, (codes * scale).astype(x.dtype))
+        return codebook.fake_quant(spec, x, noise, progress)
     assert params is not None, "uniform grids need QParams"
-    if spec.range == "learned":
-        if spec.range_gradient == "lsq":
-            params = _lsq(spec, params, x)
+    learned = spec.range == "learned"
+    if learned and spec.range_gradient == "lsq":
+        params = _lsq(spec, params, x)
+    grid = affine(spec, params if learned else jax.lax.stop_gradient(params), x.shape)
+    if spec.scheme == "shifted":
+        return _shifted(spec, x, grid)
+    if noise is not None:
+        x = x + ((noise - 0.5) * jax.lax.stop_gradient(grid.scale)).astype(x.dtype)
+    estimator = ste.uniform_fixed
+    if learned:
         estimator = ste.uniform_compact if spec.backward == "compact" else ste.uniform
-        return estimator(x, *affine(spec, params, x.shape))
-    return ste.uniform_fixed(x, *affine(spec, jax.lax.stop_gradient(params), x.shape))
+    if spec.scheme == "offset":
+        low = (-grid.scale * grid.zero_point).astype(x.dtype)
+        return estimator(x - low, *grid._replace(zero_point=jnp.zeros_like(grid.zero_point))) + low
+    return estimator(x, *grid)
+
+
+def _shifted(spec: Spec, x: jax.Array, grid: Affine) -> jax.Array:
+    scale, low = grid.scale, -grid.zero_point
+    level = jnp.clip(divide(x.astype(scale.dtype), scale), low, low + grid.q_max)
+    level = jnp.floor(level) if spec.rounding == "floor" else jnp.trunc(level)
+    return ste.identity_ste(x, (scale * level + scale * low).astype(x.dtype))
 
 
 def _lsq(spec: Spec, params: QParams, x: jax.Array) -> QParams:
@@ -143,22 +175,32 @@ def _lsq(spec: Spec, params: QParams, x: jax.Array) -> QParams:
     return params._replace(scale=scale, zero_point=zero_point)
 
 
-def fake_quant_rows(spec: Spec, table: jax.Array, ids: jax.Array, params: QParams | None = None) -> jax.Array:
-    """Returns `fake_quant(spec, table, params)[ids]`, quantizing only the rows that are looked up where that is the same.
+def fake_quant_rows(
+    spec: Spec,
+    table: jax.Array,
+    ids: jax.Array,
+    params: QParams | None = None,
+    noise: jax.Array | None = None,
+    progress: jax.Array | float = 1.0,
+) -> jax.Array:
+    """Returns `fake_quant(spec, table, ...)[ids]`, quantizing only the rows that are looked up where that is the same.
 
     Args:
       spec: with concrete axes.
       table: `[rows, dim]`.
       ids: int `[...]`.
       params: of the whole table.
+      noise: see `fake_quant`, of the shape of the table.
+      progress: see `fake_quant`.
 
     Returns:
       `[..., dim]`.
     """
     granularity = spec.granularity
     whole = granularity.axis is None
-    if spec.is_codebook or params is None or granularity.groups is not None or not (whole or granularity.axis == 0):
-        return jnp.take(fake_quant(spec, table, params), ids, axis=0)
+    by_row = not spec.is_codebook and granularity.groups is None and (whole or granularity.axis == 0)
+    if not by_row or params is None or noise is not None:
+        return jnp.take(fake_quant(spec, table, params, noise, progress), ids, axis=0)
     flat = ids.reshape(-1)
     if not whole:
         params = params._replace(scale=params.scale[flat], zero_point=params.zero_point[flat])
@@ -171,17 +213,27 @@ def quantize(spec: Spec, x: jax.Array, params: QParams | None = None) -> tuple[j
     Args:
       spec: with concrete axes.
       x: any float tensor.
-      params: from `qparams`; None for ternary and binary.
+      params: from `qparams`; None for codebooks.
 
     Returns:
       int32 integers of the shape of `x`; scale; zero point. The last two broadcast against `x`.
+
+    Raises:
+      UserError: for `'shifted'` and `'tanh'`, whose values are not of this form.
     """
     if spec.is_codebook:
         codes, scale = codebook.codes(spec, x)
         return codes.astype(jnp.int32), scale, jnp.zeros_like(scale)
     assert params is not None, "uniform grids need QParams"
     scale, zero_point, q_min, q_max = affine(spec, params, x.shape)
-    _, level = ste._levels(x, scale, zero_point, q_min, q_max)
+    if spec.scheme == "shifted":
+        raise UserError(
+            "scheme 'shifted' has no integers that stand for its values; use 'offset' or 'asymmetric' to pack them"
+        )
+    if spec.scheme == "offset":
+        _, level = ste._levels(x + scale * zero_point, scale, jnp.zeros_like(zero_point), q_min, q_max)
+    else:
+        _, level = ste._levels(x, scale, zero_point, q_min, q_max)
     return level.astype(jnp.int32), scale, zero_point
 
 

@@ -5,17 +5,27 @@ A `Spec` says everything about one quantizer: how many bits, which scheme, which
 no arrays, so it can be a static argument of a compiled function, a dictionary key or an attribute of a module.
 
 The functions that do the work live beside it: `grid` (ranges to integers and back), `observe` (data to ranges),
-`search` (ranges of least error) and `codebook` (ternary and binary).
+`search` (ranges of least error) and `codebook` (grids whose scale comes from the tensor itself).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from qtx.errors import UserError, near_misses
 
-SCHEMES = ("symmetric", "asymmetric", "ternary", "binary")
+UNIFORM = ("symmetric", "asymmetric", "offset", "shifted")
+CODEBOOKS = {  # least and greatest number of bits
+    "ternary": (2, 2),
+    "binary": (1, 1),
+    "sign": (1, 1),
+    "tanh": (1, 1),
+    "magnitude": (1, 15),
+    "magnitude_int8": (1, 15),
+}
+SCHEMES = (*UNIFORM, *CODEBOOKS)
 
 
 def _choice(what: str, value: Any, options: tuple[str, ...]) -> None:
@@ -91,21 +101,24 @@ class MinMax:
     """Ranges from the extremes of the data.
 
     Attributes:
-      over: `'current'` (the last batch wins), `'all'` (widest so far) or `'running'` (moving average).
+      over: `'current'` (the last batch wins), `'all'` (widest so far), `'running'` (moving average) or `'restarting'` (moving
+        average that starts again from the batch while one of its ends is 0, as published in the AG_NEWS study).
       momentum: weight of the old range in the moving average; the first batch sets it outright.
       percentile: `p` replaces minimum and maximum by the p-th and (100-p)-th percentile, linearly interpolated; 0: off.
       ends: which ends the percentile trims; `'lower'` is what the published per-tensor path does.
+      from_zero: the lower end is 0, whatever the data (outputs of a ReLU).
       padding: whether positions outside the attention mask count.
     """
 
-    over: Literal["current", "all", "running"] = "current"
+    over: Literal["current", "all", "running", "restarting"] = "current"
     momentum: float = 0.9
     percentile: float = 0.0
     ends: Literal["both", "lower"] = "both"
+    from_zero: bool = False
     padding: Literal["ignore", "include"] = "ignore"
 
     def __post_init__(self):
-        _choice("min-max estimator", self.over, ("current", "all", "running"))
+        _choice("min-max estimator", self.over, ("current", "all", "running", "restarting"))
         _choice("percentile ends", self.ends, ("both", "lower"))
         _choice("padding rule", self.padding, ("ignore", "include"))
         if not 0 <= self.momentum < 1:
@@ -159,6 +172,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "current_minmax": MinMax("current"),
     "all_minmax": MinMax("all"),
     "running_minmax": MinMax("running"),
+    "restarting_minmax": MinMax("restarting"),
     "percentile": MinMax("current", percentile=0.1),
     "mse": Search("mse", "grid", relative_margin=True),
     "mse_brent": Search("mse", "brent", relative_margin=True),
@@ -191,9 +205,13 @@ class Spec:
     """One quantizer, fully described.
 
     Attributes:
-      bits: 2 to 16 for the uniform schemes; ternary counts as 2, binary as 1.
+      bits: 2 to 16 for the uniform schemes; ternary counts as 2, binary as 1; `'magnitude'` has a sign besides its bits.
       scheme: `'symmetric'` (no zero point; unsigned when the range is one-sided), `'asymmetric'` (integer zero point),
-        `'ternary'` (threshold 0.7 mean|x|, TWN) or `'binary'` (sign times mean|x|).
+        `'offset'` (the lower end itself is on the grid, and zero need not be); with a scale from the tensor itself
+        `'ternary'` (threshold 0.7 mean|x|, TWN), `'binary'` (signs) or `'magnitude'` (sign and magnitude, see
+        `qtx.quant.codebook`). As published, where results depend on it: `'shifted'` (the lower end is added without having been
+        subtracted), `'magnitude_int8'` (codes wrap in a signed byte), `'sign'` (signs without a scale, zero stays zero) and
+        `'tanh'` (a soft sign that hardens in training).
       granularity: which elements share a range.
       estimator: how the range is found.
       range: `'static'` (calibrated once), `'learned'` (calibrated, then trained) or `'dynamic'` (from the tensor itself at
@@ -203,12 +221,18 @@ class Spec:
       eps: least scale of the linear domain and least upper end of a range.
       backward: of a learned range: `'exact'` keeps the tensor for the gradient of the scale, `'compact'` one byte an element
         (see `qtx.quant.ste.uniform_compact`).
+      rounding: `'nearest'`, or `'stochastic'`: up or down at random so that the mean is kept, in training (where the random
+        stream `rounding` is given), else to nearest; for `'shifted'`: `'truncate'` or `'floor'`.
+      scale: of a codebook: `'mean'` (of the magnitudes), `'shift'` (the power of two nearest to it) or `'one'`.
+      gradient: of a codebook: `'straight'` (all of it passes), `'clipped'` (where |x| <= 1, inclusive) or `'decay'` (IR-Net's
+        error decay estimator, which depends on the progress of training).
+      standardize: of a codebook: each row is centred and scaled to unit standard deviation first (IR-Net).
       range_gradient: of a learned range: `'plain'`, or `'lsq'`: those of scale and zero point are divided by `sqrt(n
         q_max)`, with `n` elements sharing the range (Esser et al. 2020, section 2.2).
     """
 
     bits: int = 8
-    scheme: Literal["symmetric", "asymmetric", "ternary", "binary"] = "symmetric"
+    scheme: str = "symmetric"
     granularity: Granularity = Granularity()
     estimator: Estimator = MinMax()
     range: Literal["static", "dynamic", "learned"] = "static"
@@ -216,8 +240,15 @@ class Spec:
     eps: float = 1e-8
     backward: Literal["exact", "compact"] = "exact"
     range_gradient: Literal["plain", "lsq"] = "plain"
+    rounding: Literal["nearest", "stochastic", "truncate", "floor"] = "nearest"
+    scale: Literal["mean", "shift", "one"] = "mean"
+    gradient: Literal["straight", "clipped", "decay"] = "straight"
+    standardize: bool = False
 
     def __post_init__(self):
+        _choice("rounding", self.rounding, ("nearest", "stochastic", "truncate", "floor"))
+        _choice("codebook scale", self.scale, ("mean", "shift", "one"))
+        _choice("codebook gradient", self.gradient, ("straight", "clipped", "decay"))
         _choice("backward pass", self.backward, ("exact", "compact"))
         _choice("range gradient", self.range_gradient, ("plain", "lsq"))
         _choice("scheme", self.scheme, SCHEMES)
@@ -226,9 +257,10 @@ class Spec:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int):
             raise UserError(f"bits must be a whole number, not {self.bits!r}")
         if self.is_codebook:
-            fixed = {"ternary": 2, "binary": 1}[self.scheme]
-            if self.bits != fixed:
-                raise UserError(f"{self.scheme} takes bits={fixed}, not {self.bits}; use qtx.{self.scheme}()")
+            least, most = CODEBOOKS[self.scheme]
+            if not least <= self.bits <= most:
+                allowed = least if least == most else f"{least} to {most}"
+                raise UserError(f"{self.scheme} takes bits={allowed}, not {self.bits}")
             if self.range != "dynamic":
                 raise UserError(
                     f"{self.scheme} scales come from the tensor itself; use range='dynamic', not {self.range!r}"
@@ -237,14 +269,49 @@ class Spec:
             raise UserError(
                 f"{self.bits} bits: uniform grids take 2 to 16; for fewer use qtx.ternary() or qtx.binary()"
             )
+        truncated = self.rounding in ("truncate", "floor")
+        if truncated != (self.scheme == "shifted"):
+            raise UserError(
+                f"scheme {self.scheme!r} does not go with rounding={self.rounding!r}: 'truncate', 'floor' belong to 'shifted'"
+            )
+        if self.rounding == "stochastic" and self.scheme in CODEBOOKS and "magnitude" not in self.scheme:
+            raise UserError(f"the codes of {self.scheme!r} are not rounded: use rounding='nearest'")
+        own = (self.scale, self.gradient, self.standardize) != ("mean", "straight", False)
+        if own and self.scheme not in ("ternary", "binary"):
+            raise UserError(f"scale, gradient and standardize are for ternary and binary grids, not {self.scheme!r}")
+        if self.scheme in ("offset", "shifted") and isinstance(self.estimator, Search):
+            raise UserError(
+                f"scheme {self.scheme!r} takes ranges from minimum and maximum; searches are for the other schemes"
+            )
         is_entropy = isinstance(self.estimator, Search) and self.estimator.loss == "cross_entropy"
         if is_entropy and self.granularity.axis is not None:
             raise UserError("the cross-entropy search looks at whole rows of logits: it needs per_tensor() granularity")
 
     @property
     def is_codebook(self) -> bool:
-        """Whether the grid is a fixed codebook (ternary, binary) rather than a uniform one."""
-        return self.scheme in ("ternary", "binary")
+        """Whether the scale comes from the tensor itself at every call, and no range is stored."""
+        return self.scheme in CODEBOOKS
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether a zero point is stored with the scale."""
+        return self.scheme in ("asymmetric", "offset", "shifted")
+
+    @property
+    def storage_bits(self) -> float:
+        """Bits that a value takes: log2(3) where there are three of them, 32 where they are real numbers."""
+        if self.scheme in ("ternary", "sign"):
+            return math.log2(3)
+        if self.scheme == "magnitude":
+            return self.bits + 1
+        if self.scheme == "magnitude_int8":
+            return min(self.bits + 1, 8)
+        return 32 if self.scheme in ("tanh", "shifted") else self.bits
+
+    @property
+    def needs_progress(self) -> bool:
+        """Whether values or gradients depend on how far training has come."""
+        return self.scheme == "tanh" or self.gradient == "decay"
 
     def at(self, channel_axis: int, ndim: int) -> Spec:
         """Returns the spec with symbolic axes replaced by those of a tensor with `ndim` axes.
@@ -264,7 +331,8 @@ class Spec:
 
     def __str__(self) -> str:
         if self.is_codebook:
-            return f"{self.scheme}, {self.granularity}"
+            bits = f"{self.bits}-bit " if CODEBOOKS[self.scheme][1] > 2 else ""
+            return f"{bits}{self.scheme}, {self.granularity}"
         return f"{self.bits}-bit {self.scheme}, {self.granularity}, {self.range}"
 
 
@@ -278,11 +346,22 @@ def asymmetric(bits: int = 8, granularity: Granularity = Granularity(), **option
     return Spec(bits, "asymmetric", granularity, **options)
 
 
-def ternary(granularity: Granularity = Granularity()) -> Spec:
+def ternary(granularity: Granularity = Granularity(), **options: Any) -> Spec:
     """{-a, 0, a} with threshold 0.7 mean|x| (Li et al. 2016, "Ternary weight networks")."""
-    return Spec(2, "ternary", granularity, range="dynamic")
+    return Spec(2, "ternary", granularity, range="dynamic", **options)
 
 
-def binary(granularity: Granularity = Granularity()) -> Spec:
-    """{-a, a} with a = mean|x| (Rastegari et al. 2016, XNOR-Net, eq. 6)."""
-    return Spec(1, "binary", granularity, range="dynamic")
+def binary(granularity: Granularity = Granularity(), **options: Any) -> Spec:
+    """{-a, a} with a = mean|x| (Rastegari et al. 2016, XNOR-Net, eq. 6); BinaryConnect's with `scale='one',
+    gradient='clipped'` (Courbariaux et al. 2015)."""
+    return Spec(1, "binary", granularity, range="dynamic", **options)
+
+
+def ir_net(granularity: Granularity = Granularity("channel")) -> Spec:
+    """Balanced and standardised signs with a power of two for a scale and decaying gradient error (Qin et al. 2020, IR-Net)."""
+    return binary(granularity, scale="shift", gradient="decay", standardize=True)
+
+
+def magnitude(bits: int, granularity: Granularity = Granularity(), **options: Any) -> Spec:
+    """Sign and `bits` bits of magnitude relative to the largest, rounded at random (Alistarh et al. 2017, QSGD)."""
+    return Spec(bits, "magnitude", granularity, range="dynamic", **{"rounding": "stochastic", **options})

@@ -48,6 +48,21 @@ def identity_ste(x: jax.Array, quantized: jax.Array) -> jax.Array:
 identity_ste.defvjp(lambda x, q: (q, None), lambda _, g: (g, jnp.zeros_like(g)))
 
 
+@jax.custom_vjp
+def scaled_ste(x: jax.Array, quantized: jax.Array, factor: jax.Array) -> jax.Array:
+    """Returns `quantized` forward and sends the gradient, times `factor` (of the shape of `x`), to `x`."""
+    del x, factor
+    return quantized
+
+
+def _scaled_bwd(saved, g):
+    factor, like = saved
+    return (g * factor).astype(like.dtype), jnp.zeros_like(g), jnp.zeros_like(factor)
+
+
+scaled_ste.defvjp(lambda x, q, f: (q, (f, jnp.zeros((), x.dtype))), _scaled_bwd)
+
+
 def _sums_to(a: jax.Array, b: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums two tensors over the axes along which `like` was broadcast.
 

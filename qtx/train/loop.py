@@ -127,7 +127,7 @@ def is_trained(phase: Phase, sites: Mapping[str, SiteInfo], name: str, value: An
     spec = policy.spec(sites[site].kind, site) if policy is not None and site in sites else None
     if spec is None or spec.range != "learned":
         return False
-    return field == "scale" or (field == "zero_point" and spec.scheme == "asymmetric")
+    return field == "scale" or (field == "zero_point" and spec.has_zero_point)
 
 
 def make_state(

@@ -78,5 +78,5 @@ def test_one_analysis_alone(config, tmp_path):
 @pytest.mark.parametrize("argument", ["w8a8", "paper"])
 def test_settings_resolve(argument, tiny_checkpoint, tiny_data):
     found = get_config(argument, tiny_checkpoint, tiny_data)
-    assert found.quant.weight_bits == (32 if argument == "paper" else 8)
+    assert found.quant.weight_bits == (32 if argument == "paper" else None)
     assert found.analysis.sensitivity.calibration == ("variant" if argument == "paper" else "full_precision")

@@ -74,7 +74,7 @@ def test_order_of_trials_and_what_they_change():
     assert "sweep" not in full.config and low.needs() == ("rte/full/seed_1",)
     config = low.run_config(Path("/runs"), 1, {})
     assert config.model.name == "/runs/rte/full/seed_1/model" and not config.model.fresh_head
-    assert (config.quant.weight_bits, config.seed, full.config.quant.weight_bits) == (4, 1, 8)
+    assert (config.quant.weight_bits, config.seed, full.config.quant.weight_bits) == (4, 1, None)
 
 
 def test_plain_axes_make_readable_directories():

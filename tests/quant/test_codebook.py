@@ -81,3 +81,106 @@ def test_sixteen_bit_input_keeps_its_dtype(scheme):
     y = quant.fake_quant(spec, x)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, quant.fake_quant(spec, x.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+# --- Sign and magnitude ---
+
+
+@pytest.mark.parametrize("kind", AXES)
+@settings(max_examples=20, deadline=None)
+@given(x=TENSORS, bits=st.sampled_from([1, 4, 8]))
+def test_magnitudes_are_within_a_step_and_on_the_grid(kind, x, bits):
+    granularity, axis = AXES[kind]
+    spec = quant.magnitude(bits, granularity)
+    codes, step, _ = quant.quantize(spec, x)
+    levels = 2**bits - 1
+    assert np.abs(codes).max() <= levels
+    largest = np.abs(x).max(axis, keepdims=True)
+    np.testing.assert_allclose(np.broadcast_to(step, x.shape), np.broadcast_to(largest / levels, x.shape), rtol=1e-6)
+    value = np.asarray(quant.fake_quant(spec, x))
+    assert np.all(np.abs(value - x) <= 0.501 * np.broadcast_to(step, x.shape))
+    low, high = (np.asarray(quant.fake_quant(spec, x, noise=np.full(x.shape, u, np.float32))) for u in (0.999999, 0.0))
+    assert np.all(np.abs(low) <= np.abs(high) + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec", [quant.magnitude(2), quant.symmetric(4, range="dynamic", rounding="stochastic")], ids=str
+)
+def test_stochastic_rounding_keeps_the_mean(spec):
+    x = jnp.linspace(-1.0, 0.9, 24).reshape(4, 6)
+    params = None if spec.is_codebook else quant.estimate(spec, x)
+    noise = jax.random.uniform(jax.random.key(0), (4000, *x.shape))
+    draws = jax.vmap(lambda u: quant.fake_quant(spec, x, params, u))(noise)
+    np.testing.assert_allclose(draws.mean(0), x, atol=0.02)
+    assert len(np.unique(np.round(np.asarray(draws[:, 1, 1]), 5))) == 2
+    nearest = quant.fake_quant(spec, x, params)
+    np.testing.assert_array_equal(quant.fake_quant(spec, x, params), nearest)  # without draws nothing is random
+
+
+def test_codes_wrap_in_a_signed_byte_as_published():
+    x = jnp.array([1.0, 0.75, 0.4, -0.75, -1.0, 0.0])
+    spec = quant.Spec(8, "magnitude_int8", range="dynamic")
+    codes, step, _ = quant.quantize(spec, x)
+    np.testing.assert_array_equal(codes, [-1, 191 - 256, 102, 256 - 191, 1, 0])
+    np.testing.assert_array_equal(quant.quantize(quant.magnitude(8), x)[0], [255, 191, 102, -191, -255, 0])
+    np.testing.assert_allclose(quant.fake_quant(spec, x), codes * step)
+
+
+# --- Signs with gradients of their own ---
+
+
+def backward(spec, x, g, progress=1.0):
+    return np.asarray(jax.vjp(lambda x: quant.fake_quant(spec, x, progress=progress), x)[1](g)[0])
+
+
+def test_gradients_of_signs():
+    x, g = jnp.array([[-1.5, -1.0, -0.2], [0.3, 1.0, 1.00001]]), jnp.arange(1.0, 7.0).reshape(2, 3)
+    inside = np.array([[0, 1, 1], [1, 1, 0]])
+    np.testing.assert_array_equal(backward(quant.binary(), x, g), g)
+    for spec in (quant.binary(scale="one", gradient="clipped"), quant.Spec(1, "sign", range="dynamic")):
+        np.testing.assert_array_equal(quant.fake_quant(spec, x), np.sign(x))
+        np.testing.assert_array_equal(backward(spec, x, g), g * inside)
+    assert float(quant.fake_quant(quant.Spec(1, "sign", range="dynamic"), jnp.zeros(1))[0]) == 0
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5, 0.95])
+def test_ir_net_against_what_it_replaces(progress):
+    """Its gradient is that of `scale k tanh(t (w - mean) / std)` with a constant scale, by automatic differentiation."""
+    w = jax.random.normal(jax.random.key(0), (6, 5)) * jnp.arange(1.0, 6.0)
+    g = jax.random.normal(jax.random.key(1), w.shape)
+    spec = quant.ir_net(quant.per_channel(1))
+    codes, scale, _ = quant.quantize(spec, w)
+    assert set(np.unique(codes)) == {-1, 1}
+    np.testing.assert_array_equal(np.log2(scale), np.round(np.log2(scale)))
+    t = 10 ** (-1 + 2 * progress)
+
+    def soft(w):
+        standard = (w - w.mean(0)) / jnp.std(w, axis=0, ddof=1)
+        return scale * max(1 / t, 1) * jnp.tanh(t * standard)
+
+    np.testing.assert_allclose(backward(spec, w, g, progress), jax.vjp(soft, w)[1](g)[0], rtol=2e-4, atol=1e-5)
+    np.testing.assert_allclose(quant.fake_quant(spec, w, progress=progress), codes * scale)
+
+
+def test_constant_rows_are_finite():
+    w = jnp.stack([jnp.full(4, 0.5), jnp.zeros(4), jnp.arange(4.0)])
+    for spec in (quant.ir_net(quant.per_channel(0)), quant.Spec(1, "tanh", quant.per_channel(0), range="dynamic")):
+        assert np.isfinite(quant.fake_quant(spec, w, progress=0.5)).all()
+        assert np.isfinite(backward(spec, w, jnp.ones_like(w), 0.5)).all()
+
+
+def test_what_does_not_go_together():
+    for fields, words in [
+        (dict(scheme="ternary", bits=4), "bits=2"),
+        (dict(scheme="magnitude", bits=16), "1 to 15"),
+        (dict(scheme="symmetric", bits=8, gradient="clipped", range="static"), "ternary and binary"),
+        (dict(scheme="binary", bits=1, rounding="stochastic"), "not rounded"),
+        (dict(scheme="symmetric", bits=8, rounding="floor", range="static"), "'shifted'"),
+        (dict(scheme="shifted", bits=8, range="static"), "'shifted'"),
+        (dict(scheme="offset", bits=8, range="static", estimator=quant.Search()), "minimum and maximum"),
+        (dict(scheme="binary", bits=1, gradient="decayed"), "'decay'"),
+    ]:
+        with pytest.raises(quant.spec.UserError, match=words):
+            quant.Spec(**{"range": "dynamic", **fields})
+    with pytest.raises(quant.spec.UserError, match="no codes"):
+        quant.quantize(quant.Spec(1, "tanh", range="dynamic"), jnp.ones(3))

@@ -281,3 +281,17 @@ def test_permuted_groups_follow_their_members():
         piece = jnp.asarray(x[:, members])
         plain = quant.asymmetric(4)
         np.testing.assert_array_equal(got[:, members], quant.fake_quant(plain, piece, quant.estimate(plain, piece)))
+
+
+def test_offset_grid_holds_its_lower_end_and_shifted_adds_it():
+    x = jnp.array([2.0, 2.6, 3.4, 5.0, 7.0, 1.0])
+    spec = quant.Spec(3, "offset")
+    params = quant.qparams(spec, jnp.float32(2.0), jnp.float32(5.5))
+    want = np.array([2.0, 2.5, 3.5, 5.0, 5.5, 2.0])
+    np.testing.assert_allclose(quant.fake_quant(spec, x, params), want, rtol=1e-6)
+    np.testing.assert_allclose(quant.dequantize(*quant.quantize(spec, x, params)), want, rtol=1e-6)
+    gradient = jax.grad(lambda x: quant.fake_quant(spec, x, params).sum())(x)
+    np.testing.assert_array_equal(gradient, [1, 1, 1, 1, 0, 0])
+    published = quant.Spec(3, "shifted", rounding="truncate")
+    np.testing.assert_allclose(quant.fake_quant(published, x, params), [4, 4.5, 5, 7, 7.5, 4], rtol=1e-6)
+    np.testing.assert_array_equal(jax.grad(lambda x: quant.fake_quant(published, x, params).sum())(x), np.ones(6))
