@@ -124,6 +124,13 @@ class Block(nn.Module):
         """Returns scores `[B, H, T, T]` (scaled) of which the softmax leaves padding out; `mask` is bool `[B, T]`."""
         return scores + jnp.where(mask, 0.0, MASKED)[:, None, None, :]
 
+    def pool(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Returns the first token or the mean of the tokens, `[B, D]`."""
+        if self.config.pooling == "cls":
+            return x[:, 0]
+        weight = mask[:, :, None].astype(x.dtype)
+        return jnp.sum(x * weight, 1) / jnp.maximum(jnp.sum(weight, 1), 1)
+
     def dropout(self, x: jax.Array, deterministic: bool, rate: float | None = None) -> jax.Array:
         return dropout(self, x, self.config.hidden_dropout if rate is None else rate, deterministic)
 
@@ -254,13 +261,6 @@ class Pooler(Block):
             x = self.dropout(x, deterministic, self.config.classifier_dropout)
         dense = self.dense(self.config.hidden_size, "dense", ACTIVATIONS[self.activation])
         return dense(x, jnp.any(mask, 1)[:, None])
-
-    def pool(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns the first token or the mean of the tokens, `[B, D]`."""
-        if self.config.pooling == "cls":
-            return x[:, 0]
-        weight = mask[:, :, None].astype(x.dtype)
-        return jnp.sum(x * weight, 1) / jnp.maximum(jnp.sum(weight, 1), 1)
 
 
 class BertClassifier(Block):

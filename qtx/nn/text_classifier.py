@@ -1,7 +1,7 @@
 """A small pre-norm transformer for texts, trained from scratch, with every tensor a site.
 
-The two-layer classifier of a course project that quantized and binarized it on AG_NEWS (Transformer-Quantization, 2022). Sites and
-parameters have BERT's names (`qtx.nn.bert`), so one policy serves both:
+The two-layer classifier of a course project that quantized and binarized it on AG_NEWS (Transformer-Quantization, 2022).
+Sites and parameters have BERT's names (`qtx.nn.bert`), so one policy serves both:
 
     encoder/embeddings/{word,position}/table                                   weights
     encoder/embeddings/sum_position, sum_sinusoid (e); with embedding='twice' sum_twice (e)
@@ -207,9 +207,7 @@ class Encoder(bert.Encoder):
 
 
 class Head(_Block):
-    """The two-layer classifier; `pool` is that of `qtx.nn.bert.Pooler`."""
-
-    pool = bert.Pooler.pool
+    """The two-layer classifier."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool) -> tuple[jax.Array, jax.Array]:
