@@ -79,10 +79,10 @@ def locate(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        known = ", ".join(PACKAGED)
+        known, made = ", ".join(PACKAGED), ", ".join(ARCHITECTURES)
         raise UserError(
             f"checkpoint {name!r} is neither a directory nor to be had from the Hugging Face hub ({reason}); "
-            f"give a local directory, or one of the packaged models: {known}"
+            f"give a local directory, one of the packaged models: {known}, or, to train, one made from nothing: {made}"
         ) from None
 
 
