@@ -304,6 +304,7 @@ def test_truncated_checkpoint(tiny_config, checkpoint, tmp_path):
         ({"sizes.num_layer": 1}, "has no field 'num_layer'; did you mean 'num_layers'"),
         ({"sizes.hidden_size": 20}, "8 heads do not divide the width 20"),
         ({"sizes.num_labels": 3}, "num_labels is the task's"),
+        ({"sizes.pooling": "mean"}, "place of its own, model.pooling"),
         ({"sizes.vocab_size": 10}, "the model's embedding only 10 rows"),
         ({"sizes.max_positions": 8}, "data.max_length 16 exceeds the model's 8 positions"),
         ({"tokenizer": "./nowhere"}, "no such checkpoint directory: ./nowhere"),

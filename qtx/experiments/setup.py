@@ -179,6 +179,9 @@ def family_and_sizes(section: ConfigDict) -> tuple[models.Family, BertConfig]:
     sizes = section.sizes.to_dict()
     if "num_labels" in sizes:
         raise UserError("model.sizes: num_labels is the task's; leave it out")
+    for name in sizes:
+        if name in section:
+            raise UserError(f"model.sizes: {name} has a place of its own, model.{name}; set it there")
     if from_nothing(section):
         return models.architecture(section.name, section.start, **sizes)
     if section.start is not None:
