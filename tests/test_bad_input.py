@@ -298,6 +298,45 @@ def test_truncated_checkpoint(tiny_config, checkpoint, tmp_path):
     assert "truncated" in (text := train(tiny_config, tmp_path)) and "model.safetensors" in text
 
 
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        ({"sizes.num_layer": 1}, "has no field 'num_layer'; did you mean 'num_layers'"),
+        ({"sizes.hidden_size": 20}, "8 heads do not divide the width 20"),
+        ({"sizes.num_labels": 3}, "num_labels is the task's"),
+        ({"sizes.pooling": "mean"}, "place of its own, model.pooling"),
+        ({"sizes.vocab_size": 10}, "the model's embedding only 10 rows"),
+        ({"sizes.max_positions": 8}, "data.max_length 16 exceeds the model's 8 positions"),
+        ({"tokenizer": "./nowhere"}, "no such checkpoint directory: ./nowhere"),
+        ({"tokenizer": "tests"}, "tests holds no tokenizer"),
+        ({"start": "TINY"}, "has hidden_size 16, the model that is to start from it has 512"),
+        ({"start": "TINY", "sizes.hidden_size": 16}, "the model that is to start from it has 30522"),
+        ({"amplify.sites": ("x",), "sizes.hidden_size": 16}, "not the parameters of a post-LayerNorm encoder"),
+        ({"name": "text_clasifier"}, "made from nothing: text_classifier"),
+        ({"name": "TINY", "start": "TINY"}, "is a checkpoint"),
+        ({"name": "TINY", "sizes.num_layers": 3}, "num_layers 3, but the checkpoint"),
+        ({"name": "TINY", "sizes.mask": "published"}, "has no such field"),
+    ],
+)
+def test_models_from_nothing(tiny_config, tiny_checkpoint, tmp_path, model, named):
+    tiny_config.model.name, tiny_config.model.tokenizer = "text_classifier", str(tiny_checkpoint)
+    for field, value in model.items():
+        section, _, name = field.rpartition(".")
+        target = tiny_config.model[section] if section else tiny_config.model
+        target[name] = str(tiny_checkpoint) if value == "TINY" else value
+    assert named in train(tiny_config, tmp_path)
+
+
+def test_compare_and_sweep_of_a_model_from_nothing(tiny_config, tiny_checkpoint, tmp_path):
+    tiny_config.model.name, tiny_config.model.tokenizer = "text_classifier", str(tiny_checkpoint)
+    tiny_config.rows = ({"name": "a", "overrides": "y5=16"},)
+    assert "layers 0 to 1" in message(compare, tiny_config, tmp_path)
+    del tiny_config.rows
+    changes = {"recipe": ("finetune", "qat"), "quant.overrides": "P=16"}
+    tiny_config.sweep = sweeping(rows=({"name": "good"}, {"name": "bad", "changes": changes}))
+    assert "'P'" in (text := message(sweep, tiny_config, tmp_path)) and "matches no site" in text
+
+
 def test_tokenizer_that_does_not_fit(tiny_config, checkpoint, tmp_path):
     from transformers import BertTokenizerFast
 

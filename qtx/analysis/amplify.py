@@ -85,7 +85,8 @@ def amplify(
         if not 0 <= i < config.num_layers:
             raise UserError(f"layer {i} does not exist; the model has layers 0 to {config.num_layers - 1}")
     given = traverse_util.flatten_dict(params, sep="/")
-    if "encoder/layer_0/ffn/norm/bias" not in given:
+    # A pre-norm encoder has norms of the same names, and none of its embeddings.
+    if not {"encoder/embeddings/norm/bias", "encoder/layer_0/ffn/norm/bias"} <= given.keys():
         raise UserError(
             "these are not the parameters of a post-LayerNorm encoder; amplify knows the names of qtx.nn.bert"
         )

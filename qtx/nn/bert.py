@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -91,7 +91,8 @@ class Outputs(NamedTuple):
     Attributes:
       logits: `[B, C]` float32.
       pooled: `[B, D]`.
-      hidden_states: `L + 1` times `[B, T, D]`: the embeddings and every layer.
+      hidden_states: `L + 1` times `[B, T, D]`: the embeddings and every layer (`[B, 1, D]` for the last one where nothing
+        but the first token is needed of it).
     """
 
     logits: jax.Array
@@ -109,15 +110,26 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
     policy: Policy | None = None
 
-    def dense(self, features: int, name: str, activation=None, groups: int = 1) -> Dense:
-        init = nn.initializers.normal(self.config.initializer_range)
-        return Dense(features, activation, init, self.dtype, self.policy, groups, name=name)
+    def dense(self, features: int, name: str, activation=None, groups: int = 1, **fields: Any) -> Dense:
+        fields = {"kernel_init": nn.initializers.normal(self.config.initializer_range)} | fields
+        return Dense(features, activation, dtype=self.dtype, policy=self.policy, groups=groups, name=name, **fields)
 
     def norm(self) -> nn.Module:
         return LayerNorm(self.config.layer_norm_eps, self.dtype, self.policy, name="norm")
 
-    def part(self, kind: type[Part], name: str) -> Part:
-        return kind(self.config, self.dtype, self.policy, name=name)
+    def part(self, kind: type[Part], name: str, **fields: Any) -> Part:
+        return kind(self.config, self.dtype, self.policy, name=name, **fields)
+
+    def masked(self, scores: jax.Array, mask: jax.Array) -> jax.Array:
+        """Returns scores `[B, H, T, T]` (scaled) of which the softmax leaves padding out; `mask` is bool `[B, T]`."""
+        return scores + jnp.where(mask, 0.0, MASKED)[:, None, None, :]
+
+    def pool(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Returns the first token or the mean of the tokens, `[B, D]`."""
+        if self.config.pooling == "cls":
+            return x[:, 0]
+        weight = mask[:, :, None].astype(x.dtype)
+        return jnp.sum(x * weight, 1) / jnp.maximum(jnp.sum(weight, 1), 1)
 
     def dropout(self, x: jax.Array, deterministic: bool, rate: float | None = None) -> jax.Array:
         return dropout(self, x, self.config.hidden_dropout if rate is None else rate, deterministic)
@@ -153,24 +165,23 @@ def attend(block: Block, query, key, value, mask: jax.Array, where: jax.Array, d
 
     Args:
       block: the module.
-      query: `[B, T, D]`.
+      query: `[B, Q, D]`, of the first Q tokens.
       key: `[B, T, D]`.
       value: `[B, T, D]`.
       mask: bool `[B, T]`, true for tokens.
-      where: `[B, T, 1]`, the same.
+      where: `[B, Q, 1]`, the same for the queries.
       deterministic: False: dropout of the probabilities.
 
     Returns:
-      The context, heads merged, `[B, T, D]`.
+      The context, heads merged, `[B, Q, D]`.
     """
     c = block.config
     shape, width = query.shape, query.shape[-1] // c.num_heads
-    query, key, value = (x.reshape(*shape[:2], c.num_heads, width) for x in (query, key, value))
-    pairs = mask[:, None, :, None] & mask[:, None, None, :]
+    query, key, value = (x.reshape(*x.shape[:2], c.num_heads, width) for x in (query, key, value))
+    pairs = mask[:, None, : shape[1], None] & mask[:, None, None, :]
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
     scores = site(block, "scores", scores, where=pairs, features=False)
-    bias = jnp.where(mask, 0.0, MASKED)[:, None, None, :]
-    probs = nn.softmax(scores.astype(jnp.float32) / width**0.5 + bias).astype(block.dtype)
+    probs = nn.softmax(block.masked(scores.astype(jnp.float32) / width**0.5, mask)).astype(block.dtype)
     probs = site(block, "probs", probs, where=pairs, features=False)
     probs = block.dropout(probs, deterministic, c.attention_dropout)
     context = jnp.einsum("bhqk,bkhd->bqhd", probs, value).reshape(shape)
@@ -251,13 +262,6 @@ class Pooler(Block):
         dense = self.dense(self.config.hidden_size, "dense", ACTIVATIONS[self.activation])
         return dense(x, jnp.any(mask, 1)[:, None])
 
-    def pool(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns the first token or the mean of the tokens, `[B, D]`."""
-        if self.config.pooling == "cls":
-            return x[:, 0]
-        weight = mask[:, :, None].astype(x.dtype)
-        return jnp.sum(x * weight, 1) / jnp.maximum(jnp.sum(weight, 1), 1)
-
 
 class BertClassifier(Block):
     """BERT with a pooler and a linear head for sequence classification or regression (one label)."""
@@ -276,10 +280,14 @@ class BertClassifier(Block):
           deterministic: False for training with dropout (needs the rng `dropout`).
         """
         states = self.part(self.encoder_type, "encoder")(input_ids, attention_mask, token_type_ids, deterministic)
-        mask = attention_mask > 0
-        pooled = self.part(self.pooler_type, "pooler")(states[-1], mask, deterministic)
-        x = self.dropout(pooled, deterministic, self.config.classifier_dropout)
-        logits = self.dense(self.config.num_labels, "classifier")(x, jnp.any(mask, 1)[:, None]).astype(jnp.float32)
+        logits, pooled = self.head(states[-1], attention_mask > 0, deterministic)
+        logits = logits.astype(jnp.float32)
         if self.config.logit_range is not None:
             logits = clip_ste(logits, *self.config.logit_range)
         return Outputs(logits, pooled, states)
+
+    def head(self, x: jax.Array, mask: jax.Array, deterministic: bool) -> tuple[jax.Array, jax.Array]:
+        """Maps the encoder's output `[B, T, D]` and a bool mask `[B, T]` to logits `[B, C]` and what they are made of."""
+        pooled = self.part(self.pooler_type, "pooler")(x, mask, deterministic)
+        x = self.dropout(pooled, deterministic, self.config.classifier_dropout)
+        return self.dense(self.config.num_labels, "classifier")(x, jnp.any(mask, 1)[:, None]), pooled

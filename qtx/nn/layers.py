@@ -19,6 +19,18 @@ from qtx.quant.policy import Policy
 Initializer = Callable[..., jax.Array]
 
 
+def zero_bias(inputs: int) -> Initializer:
+    """Returns the initializer of the bias of a linear layer with so many inputs: zeros."""
+    del inputs
+    return nn.initializers.zeros
+
+
+def uniform_bias(inputs: int) -> Initializer:
+    """Returns the initializer of the bias of a linear layer with so many inputs: uniform in +-1/sqrt(inputs)."""
+    bound = inputs**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def dropout(module: nn.Module, x: jax.Array, rate: float, deterministic: bool) -> jax.Array:
     """Zeroes elements with probability `rate` and scales the others to keep the mean.
 
@@ -51,6 +63,8 @@ class Dense(nn.Module):
       dtype: of the arithmetic.
       policy: see `qtx.nn.sites`.
       groups: must divide both widths.
+      bias_init: initializer of the bias, for a number of inputs.
+      input_dropout: rate of a dropout of the input, behind the site `input`: a grid sees whole values.
     """
 
     features: int
@@ -59,18 +73,27 @@ class Dense(nn.Module):
     dtype: jnp.dtype = jnp.float32
     policy: Policy | None = None
     groups: int = 1
+    bias_init: Callable[[int], Initializer] = zero_bias
+    input_dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, where: jax.Array | None = None) -> jax.Array:
-        """Maps `[..., in]` to `[..., features]`; `where` marks the elements that count in calibration."""
+    def __call__(self, x: jax.Array, where: jax.Array | None = None, deterministic: bool = True) -> jax.Array:
+        """Maps `[..., in]` to `[..., features]`.
+
+        Args:
+          x: the input.
+          where: bool, broadcastable to `x`: the elements that count in calibration.
+          deterministic: False: dropout of the input.
+        """
         groups, width = self.groups, x.shape[-1]
         if groups < 1 or width % groups or self.features % groups:
             name = "/".join(self.path) or "Dense"
             raise UserError(f"{name}: {groups} groups do not divide both widths, {width} and {self.features}")
         kernel = self.param("kernel", self.kernel_init, (width // groups, self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        bias = self.param("bias", self.bias_init(width // groups), (self.features,), jnp.float32)
         kernel = site(self, "kernel", kernel, kind="weight")
         x = site(self, "input", x.astype(self.dtype), kind="input", where=where)
+        x = dropout(self, x, self.input_dropout, deterministic)
         kernel = kernel.astype(self.dtype)
         if groups == 1:
             y = x @ kernel
@@ -129,8 +152,31 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         scale = site(self, "scale", scale, kind="weight", channel_axis=0)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = self.normalised(x.astype(jnp.promote_types(x.dtype, jnp.float32))) * scale + bias
+        return site(self, "output", y.astype(self.dtype), where=where)
+
+    def normalised(self, x: jax.Array) -> jax.Array:
+        """Returns `[..., D]` with mean 0 and variance 1 over the last axis."""
         centred = x - jnp.mean(x, -1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
-        return site(self, "output", y.astype(self.dtype), where=where)
+        return centred * jax.lax.rsqrt(variance + self.epsilon)
+
+
+class DeviationNorm(LayerNorm):
+    """Layer normalisation that divides by the unbiased standard deviation (divisor D - 1) plus epsilon. Sites as `LayerNorm`.
+
+    It is the form of "The Annotated Transformer" (Rush 2018).
+
+    Attributes:
+      epsilon: added to the standard deviation, outside the root.
+    """
+
+    epsilon: float = 1e-6
+
+    def normalised(self, x: jax.Array) -> jax.Array:
+        """Returns `[..., D]` with mean 0 and deviation 1 over the last axis."""
+        centred = x - jnp.mean(x, -1, keepdims=True)
+        variance = jnp.sum(jnp.square(centred), -1, keepdims=True) / (x.shape[-1] - 1)
+        # Not below the smallest number: the root has no gradient at zero, where all features are equal.
+        deviation = jnp.sqrt(jnp.maximum(variance, jnp.finfo(x.dtype).tiny))
+        return centred / (deviation + self.epsilon)

@@ -7,6 +7,7 @@ Sites, short names and counts are those of `qtx.nn.bert`. A grouped kernel is `[
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 
@@ -64,8 +65,8 @@ class _Block(bert.Block):
 
     config: SqueezeBertConfig
 
-    def dense(self, features: int, name: str, activation=None, groups: int | None = None) -> Dense:
-        return super().dense(features, name, activation, groups or getattr(self.config, _GROUPS[name]))
+    def dense(self, features: int, name: str, activation=None, groups: int | None = None, **fields: Any) -> Dense:
+        return super().dense(features, name, activation, groups or getattr(self.config, _GROUPS[name]), **fields)
 
     def norm(self) -> nn.Module:
         return LayerNorm(LAYER_NORM_EPS, self.dtype, self.policy, name="norm")

@@ -7,12 +7,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import jax
+import numpy as np
 import rich.console
 import rich.progress
 import rich.text
@@ -114,6 +115,19 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8", errors="replace")
     records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     return [{name: math.nan if value is None else value for name, value in record.items()} for record in records]
+
+
+def running_means(values: Sequence[float], weights: Sequence[float]) -> np.ndarray:
+    """Returns the mean of an epoch's batches so far, after each one, in float64.
+
+    The smooth curve that training logs often show. It jumps where an epoch begins, and lags behind the model within it.
+
+    Args:
+      values: a mean over each batch of the epoch, such as its loss, in order.
+      weights: examples in each batch.
+    """
+    weight = np.asarray(weights, np.float64)
+    return np.cumsum(np.asarray(values, np.float64) * weight) / np.cumsum(weight)
 
 
 def _repair(path: Path) -> None:

@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import pytest
 
 from qtx import quant
-from qtx.analysis.memory import activation_memory, range_memory, share, sites_table, totals, totals_table, weight_memory
+from qtx.analysis.memory import (
+    activation_elements,
+    activation_memory,
+    parameter_counts,
+    range_memory,
+    share,
+    sites_table,
+    totals,
+    totals_table,
+    weight_memory,
+)
 from qtx.methods.efficient_quantization import policy_of
 from qtx.models import get_family
 from qtx.models.checkpoints import abstract_params
@@ -93,3 +103,18 @@ def test_tables():
     assert rows["encoder/layer_*/ffn/up/kernel"][1:6] == [12, 12 * 768 * 3072, 4, 12 * 768 * 3072 // 2, 48]
     assert sum(row[2] for row in rows.values()) == totals(items)["float32"] / 4
     assert [row[0] for row in totals_table(items).rows] == ["float32", "plain", "biases at 32", "stored"]
+
+
+def test_parameters_by_part():
+    found = parameter_counts(PARAMS)
+    assert found["embeddings"] == (30522 + 512 + 2 + 2) * 768 and found["classifier"] == 2 * 769
+    assert found["attention"] == 12 * (4 * 768 * 769 + 2 * 768) and found["pooler"] == 768 * 769
+    assert sum(found.values()) == 109_482_240 + 1538 and len(found) == 5
+
+
+def test_activations_as_the_ag_news_study_counts_them():
+    config = BertConfig(hidden_size=512, num_heads=8, num_layers=2, num_labels=4)
+    assert activation_elements(config, 1, 512) == 6_816_260
+    assert activation_elements(config, 32, 512, embeddings=False) == 192_954_496
+    short = BertConfig(hidden_size=6, num_heads=2, num_layers=1, num_labels=3)
+    assert activation_elements(short, 2, 5) == 2 * (90 + (50 + 90) + 30 + 6 + 3)

@@ -4,11 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from qtx.data import Encoded, get_task
 from qtx.experiments.compare import tfidf_predictions
-from qtx.experiments.run import train
-from qtx.experiments.setup import VALIDATION, Experiment, setup
+from qtx.experiments.run import evaluate, quantize, train
+from qtx.experiments.setup import VALIDATION, Experiment, family_and_sizes, setup
 from tests.conftest import WORDS
 
 SUBJECTS = ("city house", "actor film", "good time", "quite bad")
@@ -69,3 +70,46 @@ def test_a_run_reports_the_test_split_and_callers_choose_splits(news, tmp_path):
 
 def test_the_tfidf_baseline_learns_the_news(news):
     assert np.mean(tfidf_predictions(news.dataset) == news.dataset.splits["validation"].labels) > 0.7
+
+
+@pytest.fixture
+def from_nothing(tiny_config, tiny_checkpoint):
+    """The tiny experiment with a text classifier that no checkpoint holds."""
+    section = tiny_config.model
+    section.name, section.tokenizer = "text_classifier", str(tiny_checkpoint)
+    section.sizes = ConfigDict(
+        dict(vocab_size=40, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16, classifier_size=16)
+    )
+    return tiny_config
+
+
+def test_a_model_from_nothing_is_trained_quantized_and_packed(from_nothing, tmp_path):
+    from_nothing.phases.finetune.steps = 30
+    from_nothing.phases.finetune.optimizer.learning_rate = 1e-2
+    experiment = setup(from_nothing)
+    assert experiment.pretrained.config.num_labels == 2 and experiment.pretrained.config.hidden_dropout == 0
+    reached = train(experiment, tmp_path / "run")["metrics"]["finetune"]["score"]
+    assert reached > 0.8
+    # The sizes may stay in the configuration: they are those of the checkpoint.
+    from_nothing.model.name, from_nothing.model.fresh_head = str(tmp_path / "run" / "model"), False
+    found = quantize(from_nothing, tmp_path / "w8a8")
+    assert found["full_precision"]["score"] == pytest.approx(reached) and found["quantized"]["score"] > 0.7
+    from_nothing.model.name = str(tmp_path / "w8a8" / "quantized")
+    assert evaluate(from_nothing)["score"] == pytest.approx(found["quantized"]["score"])
+
+
+def test_the_seed_makes_the_model(from_nothing):
+    def kernel(seed):
+        from_nothing.seed = seed
+        return setup(from_nothing).pretrained.params["classifier"]["hidden"]["kernel"]
+
+    assert np.array_equal(kernel(1), kernel(1)) and not np.array_equal(kernel(1), kernel(2))
+
+
+def test_sizes_of_a_section(from_nothing, tiny_checkpoint):
+    from_nothing.model.sizes.max_positions = 24
+    family, sizes = family_and_sizes(from_nothing.model)
+    assert (family.name, sizes.max_positions, sizes.num_layers) == ("qtx_text_classifier", 24, 1)
+    from_nothing.model.name, from_nothing.model.sizes = str(tiny_checkpoint), ConfigDict({"num_layers": 2})
+    family, sizes = family_and_sizes(from_nothing.model)
+    assert (family.name, sizes.num_layers) == ("bert", 2)

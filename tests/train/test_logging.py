@@ -6,7 +6,7 @@ import pytest
 import rich.console
 from tensorboardX.proto import event_pb2
 
-from qtx.train.logging import MetricsLog, progress, read_metrics
+from qtx.train.logging import MetricsLog, progress, read_metrics, running_means
 
 
 def lines(workdir):
@@ -151,3 +151,8 @@ def test_a_terminal_gets_a_bar():
     for part in ("train [rte]", "━", "4/4", "1 steps/s", "loss 0.125", "0:00:00"):
         assert part in text
     assert "(100%)" not in text, "no plain lines next to the bar"
+
+
+def test_running_means_weigh_batches_by_their_examples():
+    assert running_means([1.0, 0.0, 4.0], [1, 3, 4]).tolist() == [1.0, 0.25, 2.125]
+    assert running_means([], []).size == 0
