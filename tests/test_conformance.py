@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -78,6 +79,15 @@ def collect() -> list[Case]:
 
 
 CASES = collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimized():
+    """Numbers are compared as users get them: with the optimizations that other tests do without."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def test_there_are_cases():

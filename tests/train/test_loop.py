@@ -216,7 +216,6 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_config, tmp_path):
     assert steps == sorted(set(steps)) and steps[-1] == 66
 
 
-EIGHT_DEVICES = " --xla_force_host_platform_device_count=8"
 SHARDED = """
 import sys, json, jax, numpy as np
 from flax import traverse_util
@@ -275,7 +274,7 @@ def test_eight_devices_give_the_loss_and_parameters_of_one(tiny_config, tmp_path
     # Without the cache of compiled programs: on CPU, those that devices run together wait for each other for ever when they
     # come out of it (jaxlib 0.10.2).
     env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ["XLA_FLAGS"] + EIGHT_DEVICES}
+    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     arguments = [sys.executable, "-c", SHARDED, json.dumps(changes), str(tmp_path)]
     done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
