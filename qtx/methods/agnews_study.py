@@ -30,7 +30,7 @@ PATTERNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "MHA": (("MHA",), ()),
     "FFN": (("FFN",), ()),
     "CLS": (("CLS",), ()),
-    "CLS_wo_final": (("wP",), ()),
+    "CLS_wo_final": (("CLS",), (FINAL,)),
     "ALL": (("**/kernel",), ()),
     "ALL_wo_final": (("**/kernel",), (FINAL,)),
     "ALL_QK": (("**/kernel",), (FINAL, "**/attention/value/kernel")),
@@ -62,7 +62,7 @@ def input_policy(activations: Spec) -> Policy:
     Those are the inputs of query, key and value (three sites), of the output projection, of both feed-forward layers and of
     the head's first layer.
     """
-    return make_policy(inputs={"encoder/**/input": activations, "pooler/dense/input": activations})
+    return make_policy(inputs={"encoder/**/input": activations, "P": activations})
 
 
 def without_quantized_biases(params: Mapping[str, Any], policy: Policy) -> dict[str, Any]:

@@ -59,7 +59,7 @@ ALIASES: dict[Kind, dict[str, tuple[str, ...]]] = {
         "QV": (_LAYER + "attention/query/kernel", _LAYER + "attention/value/kernel"),
         "KV": (_LAYER + "attention/key/kernel", _LAYER + "attention/value/kernel"),
     },
-    "input": {},
+    "input": {"P": ("pooler/dense/input", "classifier/hidden/input")},
 }
 
 

@@ -1,6 +1,8 @@
-"""Kinds of cases of the AG_NEWS study: the text classifier, its norm, Adam, counts and names."""
+"""Kinds of cases of the AG_NEWS study: the text classifier, plain and quantized, its norm, Adam, counts and names."""
 
 from __future__ import annotations
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,27 +13,26 @@ from flax import traverse_util
 
 from qtx import models
 from qtx.analysis.memory import activation_elements, parameter_counts
+from qtx.methods.agnews_study import input_policy, pattern_policy, without_quantized_biases
 from qtx.models.checkpoints import abstract_params, from_hf_tensors, parameter_name
 from qtx.models.text_classifier import started_modules
+from qtx.nn import list_sites
 from qtx.nn.bert import BertConfig
 from qtx.nn.layers import DeviationNorm
 from qtx.nn.text_classifier import TextClassifier, TextClassifierConfig, sinusoids
+from qtx.quant import MinMax, Spec
 from qtx.train.logging import running_means
 from qtx.train.loop import Phase, make_state, make_step
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
+from tests.conformance import agnews_quantizers
+from tests.conformance.agnews_quantizers import draws
 
 FAMILY = models.get_family("qtx_text_classifier")
 
 
-def values(case, section):
-    """The inputs or outputs of a case by name: arrays of the file, or what stands in the manifest itself."""
-    entries = case.entry[section].items()
-    return {name: entry["value"] if "value" in entry else case.file()[entry["key"]] for name, entry in entries}
-
-
 def inputs(case):
     """The inputs of a case, with the state and the batch that it shares with others."""
-    own = values(case, "inputs")
+    own = case.values("inputs")
     shared = {}
     for key, wanted in (("same_state_as", ("state:",)), ("same_batch_as", ("tokens", "mask", "labels"))):
         if key in own:
@@ -104,7 +105,7 @@ def loss_of(model, params, args, labels, **options):
 
 
 def classifier_forward(case):
-    given, want, tolerance = inputs(case), values(case, "outputs"), case.entry["tolerance"]
+    given, want, tolerance = inputs(case), case.values("outputs"), case.entry["tolerance"]
     config = config_of(case.entry["params"])
     model, params, args = TextClassifier(config), params_of(config, given), arguments(given)
     if "state:input_encodings.pe" in given:
@@ -142,11 +143,11 @@ def classifier_forward_true_mask(case):
         given = inputs(other_case(case, case.entry["inputs"]["same_state_as"]["value"])) | given
     config = config_of(case.entry["params"], mask="exact")
     out = TextClassifier(config).apply({"params": params_of(config, given)}, *arguments(given))
-    close(out.logits, values(case, "outputs")["logits"], case.entry["tolerance"])
+    close(out.logits, case.values("outputs")["logits"], case.entry["tolerance"])
 
 
 def layer_norm(case):
-    given, want, tolerance = inputs(case), values(case, "outputs"), case.entry["tolerance"]
+    given, want, tolerance = inputs(case), case.values("outputs"), case.entry["tolerance"]
     norm = DeviationNorm(case.entry["params"]["eps"])
     params = {"scale": jnp.asarray(given["scale"]), "bias": jnp.asarray(given["shift"])}
     y, pull = jax.vjp(lambda x: norm.apply({"params": params}, x), jnp.asarray(given["x"]))
@@ -168,11 +169,11 @@ def pretrained_name_map(case):
             leaf = name.rpartition(".")[2]
             pairs.append([f"{back[module]}.{norm[leaf] if module.endswith('norm') else leaf}", name])
             assert parameter_name(FAMILY, config, pairs[-1][0]) == path
-    assert pairs == values(case, "outputs")["pairs"]
+    assert pairs == case.values("outputs")["pairs"]
 
 
 def parameter_count(case):
-    p, want = case.entry["params"], values(case, "outputs")
+    p, want = case.entry["params"], case.values("outputs")
     config = TextClassifierConfig(
         vocab_size=p["vocab"],
         hidden_size=p["d_model"],
@@ -197,7 +198,7 @@ def parameter_count(case):
 def activation_element_count(case):
     columns = case.entry["params"]["columns"]
     fields = {"d_model": "hidden_size", "heads": "num_heads", "layers": "num_layers", "classes": "num_labels"}
-    for row, want in zip(inputs(case)["rows"], values(case, "outputs")["elements"], strict=True):
+    for row, want in zip(inputs(case)["rows"], case.values("outputs")["elements"], strict=True):
         size = dict(zip(columns, map(int, row), strict=True))
         config = BertConfig(**{ours: size[theirs] for theirs, ours in fields.items()})
         got = [activation_elements(config, size["batch"], size["length"], embeddings=flag) for flag in (True, False)]
@@ -207,14 +208,14 @@ def activation_element_count(case):
 def running_mean(case):
     given = inputs(case)
     got = running_means(given["batch_values"], given["batch_sizes"])
-    close(got, values(case, "outputs")["running_mean"], case.entry["tolerance"])
+    close(got, case.values("outputs")["running_mean"], case.entry["tolerance"])
 
 
 def adam_steps(case):
-    if "basic" in case.id or case.entry["params"].get("method") == "basic":
-        pytest.xfail(f"binarized training waits for issue {BINARIZED}")
-    p, given, want, tolerance = case.entry["params"], inputs(case), values(case, "outputs"), case.entry["tolerance"]
+    p, given, want, tolerance = case.entry["params"], inputs(case), case.values("outputs"), case.entry["tolerance"]
     config = config_of(p)
+    method, _, pattern = case.id.rpartition("/")[2].partition("_")  # such as basic_ALL_wo_final, or baseline
+    policy = pattern_policy(pattern, PUBLISHED[method]) if pattern else None
     settings = OptimizerConfig(
         learning_rate=p["lr"],
         warmup=0.0,
@@ -225,7 +226,10 @@ def adam_steps(case):
         eps=p["eps"],
         max_grad_norm=0.0,
     )
-    phase, optimizer = Phase("train", TextClassifier(config), settings), make_optimizer(settings, p["steps"])
+    phase, optimizer = (
+        Phase("train", TextClassifier(config, policy=policy), settings),
+        make_optimizer(settings, p["steps"]),
+    )
     step, state, losses = jax.jit(make_step(phase, optimizer, seed=0)), None, []
     for i in range(p["steps"]):
         batch = dict(zip(("input_ids", "attention_mask", "token_type_ids"), arguments(given, i), strict=True))
@@ -244,11 +248,111 @@ def adam_steps(case):
         close(np.asarray(got[path])[counts], value[counts], tolerance, path)
 
 
-HANDLERS = {
+PUBLISHED = {
+    "basic": Spec(1, "sign", range="dynamic"),
+    "ir": Spec(1, "tanh", range="dynamic"),
+}
+
+
+def classifier_binarized(case):
+    p, given, want, tolerance = case.entry["params"], inputs(case), case.values("outputs"), case.entry["tolerance"]
+    config = config_of(p)
+    model = TextClassifier(config, policy=pattern_policy(p["pattern"], PUBLISHED[p["method"]]))
+    replaced = {f"{FAMILY.modules(config)[name]}/kernel" for name in p["replaced_layers"]}
+    sites = list_sites(model, {"params": abstract_params(FAMILY, config)}, *arguments(given))
+    assert {name for name in sites if model.policy.spec("weight", name) is not None} == replaced
+    progress = 0.0 if p["t"] is None else np.log10(p["t"] / 0.1) / np.log(100)
+    params, schedule = params_of(config, given), {"progress": jnp.float32(progress)}
+
+    def loss(params):
+        out = model.apply({"params": params, "schedule": schedule}, *arguments(given))
+        return optax.softmax_cross_entropy_with_integer_labels(out.logits, jnp.asarray(given["labels"])).mean(), out
+
+    (value, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    close(out.logits, want["logits"], tolerance)
+    close(value, want["loss"], tolerance)
+    flat = traverse_util.flatten_dict(grads, sep="/")
+    for path, gradient in named(config, want, "grad:").items():
+        close(flat[path], gradient, tolerance["grad"], path)
+
+
+def classifier_quantized(case):
+    p, given, want, tolerance = case.entry["params"], inputs(case), case.values("outputs"), case.entry["tolerance"]
+    config, paths = config_of(p), FAMILY.modules(config_of(p))
+    spec = Spec(p["bits"], "magnitude_int8", range="dynamic", rounding="stochastic")
+    plain, model = TextClassifier(config), TextClassifier(config, policy=pattern_policy("ALL", spec))
+    params, args, labels = params_of(config, given), arguments(given), jnp.asarray(given["labels"])
+    close(plain.apply({"params": params}, *args).logits, want["logits_train_call_1"], tolerance)
+
+    def noise(prefix):
+        flat = {f"{paths[name]}/kernel": draws(given[f"{prefix}:{name}"]).T for name in p["quantized_layers"]}
+        return traverse_util.unflatten_dict(flat, sep="/")
+
+    def loss(params):
+        out = model.apply({"params": params, "noise": noise("mask_train")}, *args)
+        return optax.softmax_cross_entropy_with_integer_labels(out.logits, labels).mean(), out
+
+    (value, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    close(out.logits, want["logits_train_call_2"], tolerance)
+    close(value, want["loss_train_call_2"], tolerance)
+    flat = traverse_util.flatten_dict(grads, sep="/")
+    for path, gradient in named(config, want, "grad:").items():
+        close(flat[path], gradient, tolerance["grad"], path)
+    evaluated = without_quantized_biases(params, model.policy)
+    out = model.apply({"params": evaluated, "noise": noise("mask_eval")}, *args)
+    close(out.logits, want["logits_eval"], tolerance)
+
+
+SITES = {
+    r"mha(\d+)_q": "encoder/layer_{}/attention/query/input",
+    r"mha(\d+)_k": "encoder/layer_{}/attention/key/input",
+    r"mha(\d+)_v": "encoder/layer_{}/attention/value/input",
+    r"mha(\d+)": "encoder/layer_{}/attention/out/input",
+    r"ffn(\d+)_input": "encoder/layer_{}/ffn/up/input",
+    r"ffn(\d+)_output": "encoder/layer_{}/ffn/down/input",
+    "classifier": "classifier/hidden/input",
+}
+
+
+def site_of(name):
+    return next(path.format(*found.groups()) for key, path in SITES.items() if (found := re.fullmatch(key, name)))
+
+
+def classifier_fully_quantized(case):
+    p, given, want, tolerance = case.entry["params"], inputs(case), case.values("outputs"), case.entry["tolerance"]
+    config = config_of(p, classifier_relu=False)
+    how = MinMax("restarting", padding="include")
+    policy = input_policy(Spec(p["bits"], "shifted", estimator=how, rounding="truncate"))
+    model, params = TextClassifier(config, policy=policy), params_of(config, given)
+    state: dict = {}
+    for step in range(3):
+        out, state = model.apply({"params": params} | state, *arguments(given, step), mutable=["ranges", "observers"])
+        close(out.logits, want[f"logits{step}"], tolerance)
+        seen = traverse_util.flatten_dict(state["observers"], sep="/")
+        ends = [[float(end[0]) for end in seen[site_of(name)]] for name in p["sites"]]
+        np.testing.assert_allclose(ends, want["ranges"][step], rtol=1e-4, atol=1e-5)
+
+    def loss(params):
+        out = model.apply({"params": params, "ranges": state["ranges"]}, *arguments(given, 2))
+        return optax.softmax_cross_entropy_with_integer_labels(out.logits, jnp.asarray(given["labels2"])).mean()
+
+    value, grads = jax.value_and_grad(loss)(params)
+    close(value, want["loss2"], tolerance)
+    flat = traverse_util.flatten_dict(grads, sep="/")
+    for path, gradient in named(config, want, "grad:").items():
+        close(flat[path], gradient, tolerance["grad"], path)
+    out = model.apply({"params": params, "ranges": state["ranges"]}, *arguments(given, "_eval"))
+    close(out.logits, want["logits_eval"], tolerance)
+
+
+HANDLERS = agnews_quantizers.HANDLERS | {
     function.__name__: function
     for function in (
         classifier_forward,
         classifier_forward_true_mask,
+        classifier_binarized,
+        classifier_quantized,
+        classifier_fully_quantized,
         layer_norm,
         pretrained_name_map,
         parameter_count,
@@ -257,24 +361,4 @@ HANDLERS = {
         adam_steps,
     )
 }
-
-BINARIZED = 4
-
-PENDING: dict[str, int] = dict.fromkeys(
-    (
-        "weight_quantize",
-        "bias_quantize_eval",
-        "weight_fake_quant_backward",
-        "quantized_linear",
-        "binarized_linear",
-        "ir_linear",
-        "ir_linear_paper",
-        "ir_schedule",
-        "activation_quantize_sequence",
-        "ema_weight_shadow",
-        "classifier_binarized",
-        "classifier_quantized",
-        "classifier_fully_quantized",
-    ),
-    4,
-)
+PENDING: dict[str, int] = {}
