@@ -79,9 +79,12 @@ class MetricsLog:
         """
         if not self._writes:
             return
-        self.close()
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        if len(kept) == len(lines):
+            return
+        self.close()
+        write_text(self.path, "".join(kept))
         self._open(purge_step=step + 1)
 
     def close(self) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import numbers
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import rich.table
 import rich.text
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -251,6 +253,70 @@ def plot_accuracy_against_size(
 
     save_figure(figure, path)
 
+
+def training_curves(lines: Iterable[Mapping[str, Any]], phases: Sequence[str], batches_per_epoch: int) -> Table:
+    """Returns the training loss and the evaluations of a run, one row for each step at which something was measured.
+
+    Args:
+      lines: of `metrics.jsonl`, see `qtx.train.logging.read_metrics`.
+      phases: names of the phases, in order.
+      batches_per_epoch: steps in an epoch.
+
+    Returns:
+      Columns `phase`, `step` and `epoch` (both since the beginning of the run), `loss`, and every metric of an evaluation.
+    """
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for line in lines:
+        for phase in phases:
+            values = {name: line[f"{phase}/{name}"] for name in ("loss",) if f"{phase}/{name}" in line}
+            prefix = f"{phase}/eval/"
+            values |= {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
+            if values:
+                found.setdefault((phase, line["step"]), {}).update(values)
+    metrics = [name for name in dict.fromkeys(name for row in found.values() for name in row) if name != "loss"]
+    metrics = [name for name in metrics if name != "epoch"]  # within the phase; here it is that of the run
+    rows = [
+        [phase, step, step / batches_per_epoch, values.get("loss"), *(values.get(name) for name in metrics)]
+        for (phase, step), values in found.items()
+    ]
+    return Table(["phase", "step", "epoch", "loss", *metrics], rows)
+
+
+def plot_curves(curves: Table, path: str | os.PathLike[str]) -> None:
+    """Draws what `training_curves` returns over the epochs: the loss, and below it the metrics, if there are any.
+
+    Every phase has a colour, every metric a style of line, and a vertical line stands where a later phase begins.
+
+    Args:
+      curves: the table.
+      path: of the PNG, which is written atomically; its directories are made.
+    """
+    phases = list(dict.fromkeys(row[0] for row in curves.rows))
+    metrics = curves.columns[4:]
+    figure, grid = new_figure(8, 6 if metrics else 3.5, rows=2 if metrics else 1, sharex=True)
+    for (axes,), names in zip(grid, [["loss"], metrics], strict=False):
+        axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+        axes.set_ylabel("training loss" if names == ["loss"] else "evaluation", color=INK)
+        start = 0.0
+        for number, phase in enumerate(phases):
+            color = _PHASES[number % len(_PHASES)]
+            for style, name in zip(itertools.cycle(_STYLES), names, strict=False):
+                column = list(curves.columns).index(name)
+                points = [(row[2], row[column]) for row in curves.rows if row[0] == phase and row[column] is not None]
+                axes.plot(*zip(*points, strict=True) if points else ([], []), style, color=color, markersize=4)
+            if number:
+                axes.axvline(start, color=GREY, linewidth=0.8)
+            axes.annotate(phase, (start, 1), (3, 2), axes.get_xaxis_transform(), "offset points", color=color)
+            start = max(row[2] for row in curves.rows if row[0] == phase)
+        if names != ["loss"]:
+            keys = [Line2D([], [], color=INK, linestyle=style[1:], marker=style[0], markersize=4) for style in _STYLES]
+            axes.legend(keys, names, frameon=False)
+    grid[-1, 0].set_xlabel("epochs", color=INK)
+    save_figure(figure, path)
+
+
+_PHASES = (ACCENT, AMBER, "#15803d", "#7c3aed")
+_STYLES = ("o-", "s--", "^:", "v-.")  # marker and line
 
 # Offset in points and alignment of a label, best first: along a horizontal line, and around a dot.
 _FRACTION = {"left": 0.0, "center": 0.5, "right": 1.0}
