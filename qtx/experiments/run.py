@@ -47,7 +47,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
     """Returns the phases that a configuration names, and the policy that the last one trains with."""
     config = experiment.config
     if config.evaluate_test and "test" not in experiment.encoded:
-        raise UserError(f"evaluate_test is on, but task {experiment.task.name!r} has no labelled test split")
+        raise UserError(f"evaluate_test is on, but task {config.task!r} has no labelled test split")
     splits = (*VALIDATION, "test") if config.evaluate_test else VALIDATION
 
     def evaluate(phase: Phase, variables: Mapping[str, Any]) -> dict[str, float]:

@@ -28,7 +28,7 @@ from qtx.data.batching import Batches, in_order
 from qtx.errors import UserError
 from qtx.train.checkpoint import Checkpoints
 from qtx.train.evaluation import Evaluation, Record
-from qtx.train.logging import MetricsLog, progress
+from qtx.train.logging import MetricsLog, Progress, progress
 from qtx.train.optimizer import make_optimizer
 from qtx.train.phase import Batch, Phase, Span, TrainState, check_phase, inputs, make_state, make_step, scheduled
 from qtx.train.sharding import replicate, shard_batch, shard_tree
@@ -106,7 +106,7 @@ def fit(
     ):
         run = _Run(mesh, seed, saving, checkpoints, best, log)
         resumed = checkpoints.latest_step() or 0
-        meta = checkpoints.meta(resumed) if resumed else {"phase": 0, "start": 0}
+        meta: dict[str, Any] = checkpoints.meta(resumed) if resumed else {"phase": 0, "start": 0}
         # A phase may have stopped before its planned end: only the checkpoint knows where its own one began.
         first, start = meta["phase"], meta["start"]
         if first >= len(recipe) or resumed > start + lengths[first]:

@@ -20,7 +20,6 @@ import rich.table
 import rich.text
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -292,7 +291,9 @@ def plot_curves(curves: Table, path: str | os.PathLike[str]) -> None:
       path: of the PNG, which is written atomically; its directories are made.
     """
     phases = list(dict.fromkeys(row[0] for row in curves.rows))
-    metrics = curves.columns[4:]
+    columns = list(zip(*curves.rows, strict=True))[4:]
+    # The score of a task with one metric is that metric.
+    metrics = [name for i, name in enumerate(curves.columns[4:]) if columns[i] not in columns[:i]]
     figure, grid = new_figure(8, 6 if metrics else 3.5, rows=2 if metrics else 1, sharex=True)
     for (axes,), names in zip(grid, [["loss"], metrics], strict=False):
         axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
@@ -303,14 +304,17 @@ def plot_curves(curves: Table, path: str | os.PathLike[str]) -> None:
             for style, name in zip(itertools.cycle(_STYLES), names, strict=False):
                 column = list(curves.columns).index(name)
                 points = [(row[2], row[column]) for row in curves.rows if row[0] == phase and row[column] is not None]
-                axes.plot(*zip(*points, strict=True) if points else ([], []), style, color=color, markersize=4)
+                size = 2 if name == "loss" else 4
+                axes.plot([x for x, _ in points], [y for _, y in points], style, color=color, markersize=size)
             if number:
                 axes.axvline(start, color=GREY, linewidth=0.8)
             axes.annotate(phase, (start, 1), (3, 2), axes.get_xaxis_transform(), "offset points", color=color)
             start = max(row[2] for row in curves.rows if row[0] == phase)
         if names != ["loss"]:
-            keys = [Line2D([], [], color=INK, linestyle=style[1:], marker=style[0], markersize=4) for style in _STYLES]
-            axes.legend(keys, names, frameon=False)
+            for style, name in zip(itertools.cycle(_STYLES), names, strict=False):
+                axes.plot([], [], style, color=INK, markersize=4, label=name)
+            axes.legend(frameon=False)
+    grid[-1, 0].set_xlim(left=0)
     grid[-1, 0].set_xlabel("epochs", color=INK)
     save_figure(figure, path)
 
