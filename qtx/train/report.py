@@ -262,23 +262,22 @@ def training_curves(lines: Iterable[Mapping[str, Any]], phases: Sequence[str], b
       batches_per_epoch: steps in an epoch.
 
     Returns:
-      Columns `phase`, `step` and `epoch` (both since the beginning of the run), `loss`, and every metric of an evaluation.
+      Columns `phase`, `step` and `epoch` (both since the beginning of the run), `training_loss`, and every metric of an
+      evaluation.
     """
     found: dict[tuple[str, int], dict[str, float]] = {}
     for line in lines:
         for phase in phases:
-            values = {name: line[f"{phase}/{name}"] for name in ("loss",) if f"{phase}/{name}" in line}
             prefix = f"{phase}/eval/"
-            values |= {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
+            values = {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
+            values.pop("epoch", None)  # within the phase; here it is that of the run
+            if f"{phase}/loss" in line:
+                values[_LOSS] = line[f"{phase}/loss"]
             if values:
                 found.setdefault((phase, line["step"]), {}).update(values)
-    metrics = [name for name in dict.fromkeys(name for row in found.values() for name in row) if name != "loss"]
-    metrics = [name for name in metrics if name != "epoch"]  # within the phase; here it is that of the run
-    rows = [
-        [phase, step, step / batches_per_epoch, values.get("loss"), *(values.get(name) for name in metrics)]
-        for (phase, step), values in found.items()
-    ]
-    return Table(["phase", "step", "epoch", "loss", *metrics], rows)
+    names = [_LOSS, *dict.fromkeys(name for values in found.values() for name in values if name != _LOSS)]
+    rows = [[phase, step, step / batches_per_epoch, *map(values.get, names)] for (phase, step), values in found.items()]
+    return Table(["phase", "step", "epoch", *names], rows)
 
 
 def plot_curves(curves: Table, path: str | os.PathLike[str]) -> None:
@@ -295,22 +294,22 @@ def plot_curves(curves: Table, path: str | os.PathLike[str]) -> None:
     # The score of a task with one metric is that metric.
     metrics = [name for i, name in enumerate(curves.columns[4:]) if columns[i] not in columns[:i]]
     figure, grid = new_figure(8, 6 if metrics else 3.5, rows=2 if metrics else 1, sharex=True)
-    for (axes,), names in zip(grid, [["loss"], metrics], strict=False):
+    for (axes,), names in zip(grid, [[_LOSS], metrics], strict=False):
         axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
-        axes.set_ylabel("training loss" if names == ["loss"] else "evaluation", color=INK)
+        axes.set_ylabel("evaluation" if names is metrics else "training loss", color=INK)
         start = 0.0
         for number, phase in enumerate(phases):
             color = _PHASES[number % len(_PHASES)]
             for style, name in zip(itertools.cycle(_STYLES), names, strict=False):
                 column = list(curves.columns).index(name)
                 points = [(row[2], row[column]) for row in curves.rows if row[0] == phase and row[column] is not None]
-                size = 2 if name == "loss" else 4
+                size = 2 if name == _LOSS else 4
                 axes.plot([x for x, _ in points], [y for _, y in points], style, color=color, markersize=size)
             if number:
                 axes.axvline(start, color=GREY, linewidth=0.8)
             axes.annotate(phase, (start, 1), (3, 2), axes.get_xaxis_transform(), "offset points", color=color)
             start = max(row[2] for row in curves.rows if row[0] == phase)
-        if names != ["loss"]:
+        if names is metrics:
             for style, name in zip(itertools.cycle(_STYLES), names, strict=False):
                 axes.plot([], [], style, color=INK, markersize=4, label=name)
             axes.legend(frameon=False)
@@ -319,6 +318,7 @@ def plot_curves(curves: Table, path: str | os.PathLike[str]) -> None:
     save_figure(figure, path)
 
 
+_LOSS = "training_loss"
 _PHASES = (ACCENT, AMBER, "#15803d", "#7c3aed")
 _STYLES = ("o-", "s--", "^:", "v-.")  # marker and line
 

@@ -144,7 +144,7 @@ LINES = [
 
 def test_curves_have_a_row_for_each_step(tmp_path):
     curves = report.training_curves(LINES, ["a", "b"], batches_per_epoch=4)
-    assert curves.columns == ["phase", "step", "epoch", "loss", "accuracy", "score", "test_accuracy"]
+    assert curves.columns == ["phase", "step", "epoch", "training_loss", "accuracy", "score", "test_accuracy"]
     assert [list(row) for row in curves.rows] == [
         ["a", 2, 0.5, 0.5, None, None, None],
         ["a", 4, 1.0, 0.25, 0.5, 0.5, None],
