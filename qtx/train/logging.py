@@ -75,7 +75,7 @@ class MetricsLog:
     def rewind(self, step: int) -> None:
         """Drops everything after `step`, as if the run had stopped there: for resuming from an earlier checkpoint.
 
-        The file is replaced atomically. TensorBoard is told to disregard the later events.
+        The file is replaced atomically, and TensorBoard is told to disregard the later events; without any, nothing happens.
         """
         if not self._writes:
             return

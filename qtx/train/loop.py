@@ -118,7 +118,8 @@ def fit(
             phase, span = recipe[number], Span(number, start, lengths[number], batches.batches_per_epoch)
             optimizer = make_optimizer(phase.optimizer, span.length)
             if phase.prepare is not None:
-                current["ranges"] = replicate(phase.prepare(phase.model, current["params"]), mesh)
+                ranges = phase.prepare(phase.model, current["params"])
+                current = current | {"ranges": replicate(ranges, mesh)}
             state = replicate_missing(make_state(phase, current, optimizer, start, example), mesh)
             if phase.update_ranges:
                 state = state.replace(observers=_observers(phase, span, state, example))
