@@ -96,6 +96,21 @@ def test_quantization_section(tiny_config, tmp_path, field, value, named):
     assert named in train(tiny_config, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"phases.finetune.evaluate_every": -0.5}, "every -0.5 epochs"),
+        ({"phases.finetune.evaluate_every": 1.0, "phases.finetune.patience": -1}, "patience of -1"),
+        ({"phases.finetune.patience": 2}, "'finetune': keep_best and patience"),
+        ({"phases.finetune.keep_best": True}, "set evaluate_every"),
+        ({"evaluate_test": True}, "task 'table' has no labelled test split"),
+    ],
+)
+def test_evaluation_while_training(tiny_config, tmp_path, fields, named):
+    tiny_config.update_from_flattened_dict(fields)
+    assert named in train(tiny_config, tmp_path)
+
+
 def test_quantized_phase_without_quantization(tiny_config, tmp_path):
     tiny_config.recipe = ("qat",)
     tiny_config.quant.weight_bits = tiny_config.quant.activation_bits = 32

@@ -41,8 +41,8 @@ from qtx.nn.bert import MASKED, BertClassifier, BertConfig
 from qtx.nn.layers import Dense
 from qtx.quant import Spec, asymmetric, estimate, estimator, per_channel, per_tensor, symmetric
 from qtx.quant import rounding as quant_rounding
-from qtx.train.loop import Phase, inputs, make_state, make_step
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
+from qtx.train.phase import Phase, inputs, make_state, make_step
 from qtx.train.report import Table
 
 Program = Callable[[], Any]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -32,6 +32,7 @@ from qtx.quant import (
 )
 from qtx.quant.policy import Policy
 from qtx.quant.spec import CODEBOOKS
+from qtx.train.evaluation import Evaluation
 from qtx.train.optimizer import OptimizerConfig
 
 GRANULARITIES = {
@@ -96,6 +97,7 @@ def base() -> ConfigDict:
                 "permutation": "full_precision",  # or 'published'
             },
             "adaround": dataclasses.asdict(AdaRound()) | {"examples": 1024},  # used where `quant.adaround` is on
+            "evaluate_test": False,  # evaluations while training look at the test split, too; it never decides anything
             "checkpoint_every": 500,  # steps; 0: only after each phase
             "log_every": 20,
             "model_parallel": 1,  # devices per copy of the model
@@ -117,6 +119,9 @@ def phase(quantized: bool = False, learning_rate: float = 5e-5) -> ConfigDict:
             "trainable": ("**",),  # patterns over parameter names
             "quantized": quantized,  # with the policy of `quant`
             "ranges": "learned",  # of a quantized phase: 'learned', 'fixed' or 'updated'
+            "evaluate_every": 0.0,  # epochs between evaluations while training; 0: only after the phase
+            "keep_best": False,  # end with the model of the best evaluation (its score on validation), not the last one
+            "patience": 0,  # stop after so many evaluations without a better one; 0: never
             "optimizer": optimizer,
         }
     )
@@ -374,6 +379,29 @@ def adaround_from(section: ConfigDict) -> AdaRound:
     fields = section.to_dict()
     fields.pop("examples")
     return AdaRound(**fields | {name: tuple(fields[name]) for name in ("layers", "annealing")})
+
+
+def evaluation_from(
+    name: str, section: ConfigDict, run: Callable[[Any, Mapping[str, Any]], Mapping[str, float]]
+) -> Evaluation | None:
+    """Reads how a phase is evaluated while it trains; None: it is not.
+
+    Args:
+      name: of the phase, for errors.
+      section: of the phase.
+      run: does it: `(phase, variables) -> {metric: value}`.
+
+    Raises:
+      UserError: on a negative value, or on choosing among evaluations that there are none of.
+    """
+    if section.evaluate_every == 0:
+        if section.keep_best or section.patience:
+            raise UserError(
+                f"phase {name!r}: keep_best and patience choose among evaluations while training; set evaluate_every "
+                "(epochs) above 0"
+            )
+        return None
+    return Evaluation(run, section.evaluate_every, keep_best=section.keep_best, patience=section.patience)
 
 
 def optimizer_from(section: ConfigDict) -> OptimizerConfig:

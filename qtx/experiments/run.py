@@ -10,7 +10,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 
 from qtx import models
 from qtx.errors import UserError
-from qtx.experiments.config import adaround_from, optimizer_from, phases_of, policy_from
-from qtx.experiments.setup import Experiment, setup
+from qtx.experiments.config import adaround_from, evaluation_from, optimizer_from, phases_of, policy_from
+from qtx.experiments.setup import VALIDATION, Experiment, setup
 from qtx.export.packed import save_quantized
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound, adaround, layers_to_round
@@ -30,8 +30,11 @@ from qtx.methods.qat import qat_phase
 from qtx.nn.describe import describe
 from qtx.nn.sites import SiteInfo, check_policy
 from qtx.quant.policy import Policy
-from qtx.train.loop import Phase, Saving, fit
-from qtx.train.report import Table, check_config, save_config
+from qtx.train.evaluation import Record
+from qtx.train.logging import read_metrics
+from qtx.train.loop import Saving, fit
+from qtx.train.phase import Phase
+from qtx.train.report import Table, check_config, plot_curves, save_config, training_curves
 
 
 def calibration_options(config: ConfigDict) -> dict[str, Any]:
@@ -43,6 +46,13 @@ def calibration_options(config: ConfigDict) -> dict[str, Any]:
 def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
     """Returns the phases that a configuration names, and the policy that the last one trains with."""
     config = experiment.config
+    if config.evaluate_test and "test" not in experiment.encoded:
+        raise UserError(f"evaluate_test is on, but task {config.task!r} has no labelled test split")
+    splits = (*VALIDATION, "test") if config.evaluate_test else VALIDATION
+
+    def evaluate(phase: Phase, variables: Mapping[str, Any]) -> dict[str, float]:
+        return experiment.evaluate(phase.model, variables, splits)
+
     recipe: list[Phase] = []
     policy: Policy | None = None
     for name, section in phases_of(config):
@@ -51,6 +61,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
             steps=section.steps,
             trainable=tuple(section.trainable),
             accumulate=section.accumulate,
+            evaluation=evaluation_from(name, section, evaluate),
         )
         optimizer = optimizer_from(section.optimizer)
         if not section.quantized:
@@ -84,14 +95,16 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Runs the recipe of a configuration and evaluates after every phase.
 
-    A run that was interrupted goes on from its last checkpoint when it is called again with the same directory.
+    A run that was interrupted goes on from its last checkpoint when it is called again with the same directory. The curves
+    of all phases are left in `curves.csv` and `curves.png`.
 
     Args:
       config: see `qtx.experiments.config`.
       workdir: run directory, created if needed.
 
     Returns:
-      `{'params', 'ranges', 'metrics', 'experiment'}`; the metrics are by phase.
+      `{'params', 'ranges', 'metrics', 'experiment'}`; the metrics are by phase. Those of a phase that is evaluated while it
+      trains include what `qtx.train.evaluation.Evaluation.summary` says.
 
     Raises:
       UserError: on anything that does not fit, before training starts.
@@ -116,9 +129,11 @@ def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
-    def after(phase: Phase, variables: Mapping[str, Any], step: int) -> None:
+    def after(phase: Phase, variables: Mapping[str, Any], step: int, history: Sequence[Record]) -> None:
         nonlocal clock
         found[phase.name] = experiment.evaluate(phase.model, variables)
+        if phase.evaluation is not None:
+            found[phase.name] |= phase.evaluation.summary(history)
         seconds[phase.name] = time.perf_counter() - clock
         clock = time.perf_counter()
         write_text(workdir / f"result_{phase.name}.json", json.dumps(found[phase.name] | {"step": step}, indent=2))
@@ -134,8 +149,13 @@ def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
         after,
     )
     save_trained(experiment, recipe[-1], policy, variables, workdir)
-    columns = ["phase", *next(iter(found.values())), "seconds"]
-    table = Table(columns, [[name, *values.values(), seconds[name]] for name, values in found.items()])
+    if jax.process_index() == 0:  # which has the log
+        curves = training_curves(read_metrics(workdir), [phase.name for phase in recipe], batches.batches_per_epoch)
+        write_text(workdir / "curves.csv", curves.csv())
+        plot_curves(curves, workdir / "curves.png")
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    rows = [[phase, *(values.get(name) for name in names), seconds[phase]] for phase, values in found.items()]
+    table = Table(["phase", *names, "seconds"], rows)
     table.print()
     table.save(workdir, "report")
     return {**variables, "metrics": found, "experiment": experiment}

@@ -188,7 +188,8 @@ def _run(trial: Trial, claim: Claim, workdir: Path, section: ConfigDict, console
             check_outcome(outcome, section.metric)
             claim.add(seed, outcome)
             if not section.keep_checkpoints:
-                shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+                for name in ("checkpoints", "best"):
+                    shutil.rmtree(directory / name, ignore_errors=True)
         score = statistics.median(next(iter(claim.results[seed].values()))[section.metric] for seed in trial.seeds)
         claim.complete(score)
         text = f"{section.metric} {score:.4f}"

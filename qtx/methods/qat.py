@@ -16,8 +16,8 @@ from qtx.errors import UserError
 from qtx.methods.calibrate import Args, calibrate
 from qtx.quant.policy import Policy
 from qtx.quant.spec import Spec
-from qtx.train.loop import Phase
 from qtx.train.optimizer import OptimizerConfig
+from qtx.train.phase import Phase
 
 Ranges = Literal["learned", "fixed", "updated"]
 

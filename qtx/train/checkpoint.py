@@ -117,13 +117,7 @@ class Checkpoints:
           UserError: there is no such checkpoint, it is damaged, or it has another tree, shape or dtype: the message
             names the first leaf that differs.
         """
-        steps = self.steps()
-        if not steps:
-            raise UserError(f"no checkpoint in {self.directory}: check the workdir, or train first")
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise UserError(f"no checkpoint of step {step} in {self.directory}; there are steps {steps}")
-        stored = self._read(step, "meta", ocp.args.JsonRestore())
+        step, stored = self._record(step)
         leaves = _named_leaves(target_state)
         self._check_fits(step, stored["leaves"], {name: _describe(leaf) for name, leaf in leaves.items()})
         form = {name: _form(leaf) for name, leaf in leaves.items() if np.size(leaf)}
@@ -133,6 +127,21 @@ class Checkpoints:
                 raise self._damaged(step, f"the values of {name!r} have changed since they were written")
         restored = [_decode(leaf, arrays[name]) if np.size(leaf) else _empty(leaf) for name, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(target_state), restored), stored["meta"]
+
+    def meta(self, step: int | None = None) -> dict[str, Any]:
+        """Returns the `meta` of a checkpoint, the latest by default, without reading its state; raises as `restore`."""
+        return self._record(step)[1]["meta"]
+
+    def rewind(self, step: int) -> None:
+        """Deletes every checkpoint after `step`, as if the run had stopped there."""
+        self.wait()
+        if jax.process_index() == 0:
+            for path in self._step_directories():
+                if int(path.name) > step:
+                    shutil.rmtree(path)
+        multihost_utils.sync_global_devices("qtx_checkpoints_rewound")
+        if self._opened_to_write:
+            self._manager.reload()
 
     def wait(self) -> None:
         """Waits for the write in progress, and raises what made it fail, if it did."""
@@ -171,6 +180,16 @@ class Checkpoints:
             for path in [*debris, *self.directory.glob("*.orbax-checkpoint-tmp*")]:
                 shutil.rmtree(path)
         multihost_utils.sync_global_devices("qtx_checkpoints_opened")
+
+    def _record(self, step: int | None) -> tuple[int, dict[str, Any]]:
+        """Returns a step, the latest by default, and the JSON record of its checkpoint."""
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"no checkpoint in {self.directory}: check the workdir, or train first")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise UserError(f"no checkpoint of step {step} in {self.directory}; there are steps {steps}")
+        return step, self._read(step, "meta", ocp.args.JsonRestore())
 
     def _read(self, step: int, item: str, args: Any) -> Any:
         try:

@@ -76,13 +76,16 @@ class MetricsLog:
     def rewind(self, step: int) -> None:
         """Drops everything after `step`, as if the run had stopped there: for resuming from an earlier checkpoint.
 
-        The file is replaced atomically. TensorBoard is told to disregard the later events.
+        The file is replaced atomically, and TensorBoard is told to disregard the later events; without any, nothing happens.
         """
         if not self._writes:
             return
-        self.close()
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        if len(kept) == len(lines):
+            return
+        self.close()
+        write_text(self.path, "".join(kept))
         self._open(purge_step=step + 1)
 
     def close(self) -> None:

@@ -1,11 +1,11 @@
 """The one training loop: a recipe is a list of phases, and every phase is compiled into one step.
 
-    state = fit(recipe, batches, params, workdir=...)
+    variables = fit(recipe, batches, variables, mesh, workdir)
 
-A phase says which policy the model has, what is minimised, what is trained and how. Fine-tuning is one phase; latent
-quantization two; distillation is a phase whose objective looks at a teacher. A run is a function of (recipe, seed, data):
-the random key of a step is `fold_in(key(seed), step)`, the batch of a step follows from the seed and the step, so a run
-that was killed resumes from its last checkpoint to the same numbers.
+Fine-tuning is one phase; latent quantization two; distillation is a phase whose objective looks at a teacher. A run is a
+function of (recipe, seed, data): the random key of a step is `fold_in(key(seed), step)`, the batch of a step follows from
+the seed and the step, and what evaluations decide from their history, which is part of every checkpoint. So a run that
+was killed resumes from its last checkpoint to the same numbers.
 """
 
 from __future__ import annotations
@@ -19,201 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import traverse_util
 from jax.sharding import Mesh
 
 from qtx.data.batching import Batches, in_order
 from qtx.errors import UserError
-from qtx.nn.sites import SiteInfo, list_sites
-from qtx.quant.policy import Policy, matches
 from qtx.train.checkpoint import Checkpoints
-from qtx.train.logging import MetricsLog, progress
-from qtx.train.optimizer import OptimizerConfig, make_optimizer
+from qtx.train.evaluation import Evaluation, Record
+from qtx.train.logging import MetricsLog, Progress, progress
+from qtx.train.optimizer import make_optimizer
+from qtx.train.phase import Batch, Phase, Span, TrainState, check_phase, inputs, make_state, make_step, scheduled
 from qtx.train.sharding import replicate, shard_batch, shard_tree
-
-Batch = Mapping[str, Any]  # named arrays, see qtx.data.batching
-Forward = Callable[..., tuple[Any, dict[str, Any]]]
-Objective = Callable[[Forward, Batch, Any], tuple[jax.Array, jax.Array]]
-
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
-
-def inputs(batch: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Returns the model's positional arguments from a batch."""
-    return tuple(batch[name] for name in INPUTS)
-
-
-def task_loss(forward: Forward, batch: Batch, constants: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy, or squared error for one output; returns the sums of weighted losses and of weights."""
-    del constants
-    logits = forward(batch)[0].logits
-    if logits.shape[-1] == 1:
-        losses = jnp.square(logits[:, 0] - batch["labels"])
-    else:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
-    return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """A stretch of training.
-
-    Attributes:
-      name: for logs and errors.
-      model: module with the phase's policy.
-      optimizer: its settings.
-      epochs: how often the data are seen; fractions are fine.
-      steps: overrides `epochs` if positive.
-      objective: what is minimised: `(forward, batch, constants) -> (loss sum, weight sum)`; `forward(batch)` runs the
-        model and returns its outputs and what was asked to be captured.
-      constants: arrays for the objective, such as a teacher's parameters.
-      trainable: patterns over `params/...` names; what matches none is frozen. Learned ranges are always trained.
-      prepare: makes the `ranges` collection at the start of the phase from the model and its parameters (calibration);
-        None keeps the ranges of the phase before.
-      update_ranges: re-estimate static ranges during training.
-      accumulate: a batch is worked off in so many equal parts.
-    """
-
-    name: str
-    model: nn.Module
-    optimizer: OptimizerConfig = OptimizerConfig()
-    epochs: float = 1.0
-    steps: int = 0
-    objective: Objective = task_loss
-    constants: Any = None
-    trainable: tuple[str, ...] = ("**",)
-    prepare: Callable[[nn.Module, Any], dict[str, Any]] | None = None
-    update_ranges: bool = False
-    accumulate: int = 1
-
-
-class TrainState(flax.struct.PyTreeNode):
-    """Everything that a step reads and writes.
-
-    Attributes:
-      step: int32 scalar, steps taken in the whole run.
-      trained: flat dict of trained arrays, by `params/...` or `ranges/...` name.
-      frozen: flat dict of the others.
-      observers: state of the range estimators while ranges are re-estimated; else empty.
-      opt_state: of the optimizer over `trained`.
-    """
-
-    step: jax.Array
-    trained: dict[str, jax.Array]
-    frozen: dict[str, Any]
-    observers: dict[str, Any]
-    opt_state: Any
-
-    def variables(self) -> dict[str, Any]:
-        """Returns the nested `params` and `ranges` collections."""
-        nested = traverse_util.unflatten_dict(self.trained | self.frozen, sep="/")
-        return {"params": nested["params"], "ranges": nested.get("ranges", {})}
-
-
-def is_trained(phase: Phase, sites: Mapping[str, SiteInfo], name: str, value: Any) -> bool:
-    """Whether an array of the state, `params/...` or `ranges/...`, is trained in a phase."""
-    collection, _, path = name.partition("/")
-    if value is None or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        return False
-    if collection == "params":
-        return any(matches(pattern, path) for pattern in phase.trainable)
-    policy: Policy | None = phase.model.policy  # type: ignore[attr-defined]
-    site, _, field = path.rpartition("/")
-    spec = policy.spec(sites[site].kind, site) if policy is not None and site in sites else None
-    if spec is None or spec.range != "learned":
-        return False
-    return field == "scale" or (field == "zero_point" and spec.has_zero_point)
-
-
-def make_state(
-    phase: Phase, variables: Mapping[str, Any], optimizer: optax.GradientTransformation, step: int, example: Batch
-) -> TrainState:
-    """Splits the variables of a phase into what is trained and what is not."""
-    sites = list_sites(phase.model, variables, *inputs(example))
-    flat = {
-        f"{collection}/{name}": value
-        for collection in ("params", "ranges")
-        for name, value in traverse_util.flatten_dict(variables.get(collection, {}), sep="/").items()
-    }
-    trained = {name: value for name, value in flat.items() if is_trained(phase, sites, name, value)}
-    frozen = {name: value for name, value in flat.items() if name not in trained}
-    return TrainState(jnp.int32(step), trained, frozen, {}, optimizer.init(trained))
-
-
-def check_phase(phase: Phase, params: Mapping[str, Any]) -> None:
-    """Raises a `UserError` if a pattern of a phase, of `trainable` or of `rate_factors`, matches no parameter."""
-    names = traverse_util.flatten_dict(params, sep="/")
-    factors = [pattern for pattern, _ in phase.optimizer.rate_factors]
-    for field, patterns in (("trainable", phase.trainable), ("rate_factors", factors)):
-        for pattern in patterns:
-            if not any(matches(pattern, name) for name in names):
-                example = next(iter(names))
-                raise UserError(f"phase {phase.name!r}: {field} {pattern!r} matches no parameter, such as {example!r}")
-
-
-def make_step(
-    phase: Phase, optimizer: optax.GradientTransformation, seed: int
-) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns the train step of a phase: `(state, batch, constants) -> (state, measurements)`, to be compiled."""
-
-    def total_loss(trained, state: TrainState, batch: Batch, constants, key):
-        variables = state.replace(trained=trained).variables()
-        updated: dict[str, Any] = {}
-
-        def forward(batch: Batch, capture: bool = False, **collections: Any):
-            mutable = ["captures"] * capture + ["ranges", "observers"] * phase.update_ranges
-            given = variables | collections | ({"observers": state.observers} if phase.update_ranges else {})
-            outputs, changed = phase.model.apply(
-                given, *inputs(batch), deterministic=False, rngs={"dropout": key}, mutable=mutable
-            )
-            updated.update({name: changed[name] for name in ("ranges", "observers") if name in changed})
-            return outputs, changed.get("captures", {})
-
-        loss, weight = phase.objective(forward, batch, constants)
-        return loss, (weight, updated)
-
-    def gradients(state: TrainState, batch: Batch, constants, key):
-        return jax.value_and_grad(total_loss, has_aux=True)(state.trained, state, batch, constants, key)
-
-    def train_step(state: TrainState, batch: Batch, constants: Any):
-        # The generator of the hardware: half the compile time of the default, and fast on accelerators.
-        key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
-        if phase.accumulate == 1:
-            (loss, (weight, updated)), grads = gradients(state, batch, constants, key)
-        else:
-            parts = {k: v.reshape(phase.accumulate, -1, *v.shape[1:]) for k, v in batch.items()}
-            keys = jax.random.split(key, phase.accumulate)
-
-            def add(total, part):
-                (loss, (weight, _)), grads = gradients(state, part[0], constants, part[1])
-                return jax.tree.map(jnp.add, total, (loss, weight, grads)), None
-
-            zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
-            (loss, weight, grads), _ = jax.lax.scan(add, zeros, (parts, keys))
-            updated = {}
-        weight = jnp.maximum(weight, 1.0)
-        grads = jax.tree.map(lambda g: g / weight, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        frozen = state.frozen
-        if "ranges" in updated:
-            fresh = traverse_util.flatten_dict(updated["ranges"], sep="/")
-            frozen = {name: fresh.get(name.removeprefix("ranges/"), value) for name, value in frozen.items()}
-        new = state.replace(
-            step=state.step + 1,
-            trained=trained,
-            frozen=frozen,
-            observers=updated.get("observers", state.observers),
-            opt_state=opt_state,
-        )
-        return new, {"loss": loss / weight, "grad_norm": optax.tree.norm(grads)}
-
-    return train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +55,7 @@ def fit(
     workdir: str | Path,
     seed: int = 0,
     saving: Saving = Saving(),
-    after_phase: Callable[[Phase, Mapping[str, Any], int], None] | None = None,
+    after_phase: Callable[[Phase, Mapping[str, Any], int, Sequence[Record]], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe, or what is left of it if the run directory holds a checkpoint.
 
@@ -246,13 +64,14 @@ def fit(
       batches: endless training batches (`epochs=None`); each phase goes on where the one before stopped.
       variables: initial `params` (and `ranges`, if the first phase does not prepare its own).
       mesh: where to compute.
-      workdir: run directory: `checkpoints/`, `metrics.jsonl` and `tensorboard/` are written here.
-      seed: of dropout.
+      workdir: run directory: `checkpoints/`, `best/`, `metrics.jsonl` and `tensorboard/` are written here.
+      seed: of dropout and random rounding.
       saving: how often to write.
-      after_phase: called with each finished phase, its variables and the number of steps taken.
+      after_phase: called with each finished phase, its variables, the number of steps taken and the history of its
+        evaluations.
 
     Returns:
-      The final `params` and `ranges`.
+      The final `params` and `ranges`, with the `schedule` that they were trained with if the last phase has one.
 
     Raises:
       UserError: on a phase without steps, a pattern that matches no parameter, batches that do not divide, a checkpoint of
@@ -271,43 +90,59 @@ def fit(
             )
         if batches.batch_size % phase.accumulate:
             raise UserError(f"batch size {batches.batch_size} cannot be worked off in {phase.accumulate} equal parts")
-    ends = np.cumsum(lengths)
     workdir = Path(workdir)
-    variables = {
+    current: dict[str, Any] = {
         "params": shard_tree(variables["params"], mesh),
         "ranges": replicate(variables.get("ranges", {}), mesh),
     }
     example = batches[0]
     # Steps donate their state; what the caller gave stays the caller's, even if placing it needed no copy.
-    variables = jax.tree.map(jnp.copy, variables)
-    with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints") as checkpoints, MetricsLog(workdir) as log:
-        resumed = checkpoints.latest_step()
-        position = int(np.searchsorted(ends, resumed, side="left")) if resumed is not None else 0
-        if resumed is not None and position >= len(recipe):
+    current = jax.tree.map(jnp.copy, current)
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(workdir / "checkpoints") as checkpoints,
+        Checkpoints(workdir / "best") as best,
+        MetricsLog(workdir) as log,
+    ):
+        run = _Run(mesh, seed, saving, checkpoints, best, log)
+        resumed = checkpoints.latest_step() or 0
+        meta: dict[str, Any] = checkpoints.meta(resumed) if resumed else {"phase": 0, "start": 0}
+        # A phase may have stopped before its planned end: only the checkpoint knows where its own one began.
+        first, start = meta["phase"], meta["start"]
+        if first >= len(recipe) or resumed > start + lengths[first]:
             raise UserError(
-                f"{workdir} holds a checkpoint of step {resumed}, the recipe ends at {ends[-1]}; use another workdir"
+                f"{workdir} holds a checkpoint of step {resumed}, which this recipe does not reach in its phase "
+                f"{first + 1}; use another workdir"
             )
-        for number in range(position, len(recipe)):
-            phase, end = recipe[number], int(ends[number])
-            start = end - lengths[number]
-            optimizer = make_optimizer(phase.optimizer, lengths[number])
+        for number in range(first, len(recipe)):
+            phase, span = recipe[number], Span(number, start, lengths[number], batches.batches_per_epoch)
+            optimizer = make_optimizer(phase.optimizer, span.length)
             if phase.prepare is not None:
-                ranges = phase.prepare(phase.model, variables["params"])
-                variables = {**variables, "ranges": replicate(ranges, mesh)}
-            state = replicate_missing(make_state(phase, variables, optimizer, start, example), mesh)
+                ranges = phase.prepare(phase.model, current["params"])
+                current = current | {"ranges": replicate(ranges, mesh)}
+            state = replicate_missing(make_state(phase, current, optimizer, start, example), mesh)
             if phase.update_ranges:
-                state = state.replace(observers=_observers(phase, state, example))
+                state = state.replace(observers=_observers(phase, span, state, example))
             iterator = iter(batches)
             iterator.set_state({"next_index": start})
-            if resumed is not None and number == position:
-                state, meta = checkpoints.restore(state)
-                iterator.set_state(meta["data"])
+            history: list[Record] = []
+            if number == first:
+                if resumed:
+                    state, meta = checkpoints.restore(state)
+                    iterator.set_state(meta["data"])
+                    history = meta["evaluations"]
                 log.rewind(resumed)
-            state = _run_phase(phase, state, optimizer, iterator, end, seed, mesh, saving, checkpoints, log, number)
-            variables = state.variables()
+                best.rewind(resumed)
+            state = _run_phase(run, phase, span, state, optimizer, iterator, history)
+            start = chosen = int(state.step)
+            current = state.variables()
+            if phase.evaluation is not None and phase.evaluation.keep_best:
+                chosen = phase.evaluation.best(history)["step"]
+                current, _ = best.restore(current, chosen)
+            current |= scheduled(phase, span, chosen - 1)  # as the last step behind these variables saw it
             if after_phase is not None:
-                after_phase(phase, variables, end)
-    return dict(variables)
+                after_phase(phase, current, start, history)
+    return current
 
 
 def replicate_missing(state: TrainState, mesh: Mesh) -> TrainState:
@@ -319,55 +154,103 @@ def replicate_missing(state: TrainState, mesh: Mesh) -> TrainState:
     return jax.tree.map(place, state)
 
 
-def _observers(phase: Phase, state: TrainState, example: Batch) -> dict[str, Any]:
+def _observers(phase: Phase, span: Span, state: TrainState, example: Batch) -> dict[str, Any]:
     """Estimators start from the calibrated ranges' own data: one observation of the first batch."""
-    _, changed = phase.model.apply(state.variables(), *inputs(example), mutable=["ranges", "observers"])
+    variables = state.variables() | scheduled(phase, span, span.start)
+    _, changed = phase.model.apply(variables, *inputs(example), mutable=["ranges", "observers"])
     return changed["observers"]
 
 
-def _run_phase(phase, state, optimizer, iterator, end, seed, mesh, saving, checkpoints, log, number) -> TrainState:
-    step_fn = jax.jit(make_step(phase, optimizer, seed), donate_argnums=0)
-    constants = replicate(phase.constants, mesh)
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What the phases of a run share."""
+
+    mesh: Mesh
+    seed: int
+    saving: Saving
+    checkpoints: Checkpoints
+    best: Checkpoints
+    log: MetricsLog
+
+
+def _run_phase(
+    run: _Run, phase: Phase, span: Span, state: TrainState, optimizer, iterator, history: list[Record]
+) -> TrainState:
+    """Takes the steps that are left of a phase; its evaluations are added to `history`."""
+    step_fn = jax.jit(make_step(phase, optimizer, run.seed, span), donate_argnums=0)
+    constants = replicate(phase.constants, run.mesh)
+    evaluation, saving, name = phase.evaluation, run.saving, phase.name
+    due = evaluation.steps(span.length, span.batches_per_epoch) if evaluation else frozenset()
     step = int(state.step)
+    over = step == span.end or (evaluation is not None and evaluation.is_over(history))
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     examples, since = 0, time.perf_counter()
-
-    def save(at: int) -> None:
-        checkpoints.save(at, state, {"phase": number, "data": iterator.get_state()})
-
-    with progress(end, phase.name, start=step) as bar:
-        while step < end:
+    with progress(span.end, name, start=step) as bar:
+        while not over:
             batch = next(iterator)
             examples += int(batch["weights"].sum())
-            state, measured = step_fn(state, shard_batch(batch, mesh), constants)
+            state, measured = step_fn(state, shard_batch(batch, run.mesh), constants)
             step += 1
             pending.append((step, measured))
-            if step % saving.log_every == 0 or step == end:
+            over, is_best = step == span.end, False
+            if evaluation is not None and step - span.start in due:
+                jax.block_until_ready(measured)
+                began = time.perf_counter()
+                _evaluate(run, phase, evaluation, span, state, step, history, bar)
+                is_best = evaluation.keep_best and evaluation.best(history) is history[-1]
+                over = over or evaluation.is_over(history)
+                since += time.perf_counter() - began  # is no training time
+            if over or step % saving.log_every == 0:
                 values = jax.device_get(pending)
                 loss = float(np.mean([m["loss"] for _, m in values]))
                 if not math.isfinite(loss):
-                    raise UserError(
-                        f"phase {phase.name!r}: the loss is {loss} around step {step}; lower the learning rate"
-                    )
+                    raise UserError(f"phase {name!r}: the loss is {loss} around step {step}; lower the learning rate")
                 rate = examples / max(time.perf_counter() - since, 1e-9)
                 norm = float(np.mean([m["grad_norm"] for _, m in values]))
-                log.write(step, {"loss": loss, "grad_norm": norm, "examples_per_second": rate}, prefix=f"{phase.name}/")
+                run.log.write(step, {"loss": loss, "grad_norm": norm, "examples_per_second": rate}, prefix=f"{name}/")
                 bar.update(step, loss=loss, examples_per_second=rate)
                 pending, examples, since = [], 0, time.perf_counter()
-            if step == end or (saving.checkpoint_every and step % saving.checkpoint_every == 0):
-                save(step)
-    checkpoints.wait()
+            if is_best:
+                run.best.save(step, state.variables(), {})
+                run.best.wait()  # no checkpoint speaks of a best model that is not on disk
+            if over or is_best or (saving.checkpoint_every and step % saving.checkpoint_every == 0):
+                meta = {"phase": span.number, "start": span.start, "data": iterator.get_state()}
+                run.checkpoints.save(step, state, meta | {"evaluations": list(history)})
+    run.checkpoints.wait()
     return state
 
 
+def _evaluate(
+    run: _Run,
+    phase: Phase,
+    evaluation: Evaluation,
+    span: Span,
+    state: TrainState,
+    step: int,
+    history: list[Record],
+    bar: Progress,
+) -> None:
+    """Evaluates the model as the last step left it, and adds the result to the history and the log."""
+    values = evaluation.measure(phase, state.variables() | scheduled(phase, span, step - 1))
+    found = {"epoch": (step - span.start) / span.batches_per_epoch, **values}
+    history.append({"step": step, **found})
+    run.log.write(step, found, prefix=f"{phase.name}/eval/")
+    bar.update(step, **{evaluation.metric: values[evaluation.metric]})
+
+
 @partial(jax.jit, static_argnums=0)
-def _logits(model: nn.Module, variables: Mapping[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
-    outputs: Any = model.apply(variables, *inputs(batch))
+def _logits(
+    model: nn.Module, variables: Mapping[str, Any], batch: Batch, key: jax.Array | None, number: int
+) -> tuple[jax.Array, jax.Array]:
+    rngs = None if key is None else {"rounding": jax.random.fold_in(key, number)}
+    outputs: Any = model.apply(variables, *inputs(batch), rngs=rngs)
     # Whole on every device: each host can read all of them.
     return jax.lax.with_sharding_constraint((outputs.logits, batch["index"]), jax.P())
 
 
-def predict(model: nn.Module, variables: Mapping[str, Any], batches: Batches, mesh: Mesh) -> np.ndarray:
+def predict(
+    model: nn.Module, variables: Mapping[str, Any], batches: Batches, mesh: Mesh, rounding_seed: int | None = None
+) -> np.ndarray:
     """Returns the logits `[N, C]` of all examples in their order.
 
     Args:
@@ -375,10 +258,12 @@ def predict(model: nn.Module, variables: Mapping[str, Any], batches: Batches, me
       variables: `params`, `ranges` and whatever else sites read, such as `switches`.
       batches: one epoch, not shuffled.
       mesh: where to compute.
+      rounding_seed: of random rounding, which draws anew for every batch; None: nothing is drawn.
     """
     with jax.set_mesh(mesh):
         placed = {name: replicate(tree, mesh) for name, tree in variables.items() if name != "params"}
         placed["params"] = shard_tree(variables["params"], mesh)
-        found = [_logits(model, placed, shard_batch(batch, mesh)) for batch in batches]
+        key = None if rounding_seed is None else replicate(jax.random.key(rounding_seed, impl="rbg"), mesh)
+        found = [_logits(model, placed, shard_batch(batch, mesh), key, number) for number, batch in enumerate(batches)]
     logits, indices = zip(*jax.device_get(found), strict=True)
     return in_order(logits, indices, len(batches.encoded))

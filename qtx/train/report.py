@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import numbers
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,75 @@ def plot_accuracy_against_size(
 
     save_figure(figure, path)
 
+
+def training_curves(lines: Iterable[Mapping[str, Any]], phases: Sequence[str], batches_per_epoch: int) -> Table:
+    """Returns the training loss and the evaluations of a run, one row for each step at which something was measured.
+
+    Args:
+      lines: of `metrics.jsonl`, see `qtx.train.logging.read_metrics`.
+      phases: names of the phases, in order.
+      batches_per_epoch: steps in an epoch.
+
+    Returns:
+      Columns `phase`, `step` and `epoch` (both since the beginning of the run), `training_loss`, and every metric of an
+      evaluation.
+    """
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for line in lines:
+        for phase in phases:
+            prefix = f"{phase}/eval/"
+            values = {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
+            values.pop("epoch", None)  # within the phase; here it is that of the run
+            if f"{phase}/loss" in line:
+                values[_LOSS] = line[f"{phase}/loss"]
+            if values:
+                found.setdefault((phase, line["step"]), {}).update(values)
+    names = [_LOSS, *dict.fromkeys(name for values in found.values() for name in values if name != _LOSS)]
+    rows = [[phase, step, step / batches_per_epoch, *map(values.get, names)] for (phase, step), values in found.items()]
+    return Table(["phase", "step", "epoch", *names], rows)
+
+
+def plot_curves(curves: Table, path: str | os.PathLike[str]) -> None:
+    """Draws what `training_curves` returns over the epochs: the loss, and below it the metrics, if there are any.
+
+    Every phase has a colour, every metric a style of line, and a vertical line stands where a later phase begins.
+
+    Args:
+      curves: the table.
+      path: of the PNG, which is written atomically; its directories are made.
+    """
+    phases = list(dict.fromkeys(row[0] for row in curves.rows))
+    columns = list(zip(*curves.rows, strict=True))[4:]
+    # The score of a task with one metric is that metric.
+    metrics = [name for i, name in enumerate(curves.columns[4:]) if columns[i] not in columns[:i]]
+    figure, grid = new_figure(8, 6 if metrics else 3.5, rows=2 if metrics else 1, sharex=True)
+    for (axes,), names in zip(grid, [[_LOSS], metrics], strict=False):
+        axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+        axes.set_ylabel("evaluation" if names is metrics else "training loss", color=INK)
+        start = 0.0
+        for number, phase in enumerate(phases):
+            color = _PHASES[number % len(_PHASES)]
+            for style, name in zip(itertools.cycle(_STYLES), names, strict=False):
+                column = list(curves.columns).index(name)
+                points = [(row[2], row[column]) for row in curves.rows if row[0] == phase and row[column] is not None]
+                size = 2 if name == _LOSS else 4
+                axes.plot([x for x, _ in points], [y for _, y in points], style, color=color, markersize=size)
+            if number:
+                axes.axvline(start, color=GREY, linewidth=0.8)
+            axes.annotate(phase, (start, 1), (3, 2), axes.get_xaxis_transform(), "offset points", color=color)
+            start = max(row[2] for row in curves.rows if row[0] == phase)
+        if names is metrics:
+            for style, name in zip(itertools.cycle(_STYLES), names, strict=False):
+                axes.plot([], [], style, color=INK, markersize=4, label=name)
+            axes.legend(frameon=False)
+    grid[-1, 0].set_xlim(left=0)
+    grid[-1, 0].set_xlabel("epochs", color=INK)
+    save_figure(figure, path)
+
+
+_LOSS = "training_loss"
+_PHASES = (ACCENT, AMBER, "#15803d", "#7c3aed")
+_STYLES = ("o-", "s--", "^:", "v-.")  # marker and line
 
 # Offset in points and alignment of a label, best first: along a horizontal line, and around a dot.
 _FRACTION = {"left": 0.0, "center": 0.5, "right": 1.0}

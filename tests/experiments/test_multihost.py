@@ -33,6 +33,7 @@ def command(config, workdir, *more):
     }
     for phase in ("finetune", "qat"):
         fields |= {f"phases.{phase}.batch_size": 8, f"phases.{phase}.steps": 3, f"phases.{phase}.trainable": TRAINABLE}
+    fields |= {"phases.finetune.evaluate_every": 0.1, "phases.finetune.keep_best": True}
     changes = [f"--config.{name}={value}" for name, value in fields.items()]
     return [sys.executable, "launch/train.py", "--config=configs/qat.py:w8a8", f"--workdir={workdir}", *changes, *more]
 

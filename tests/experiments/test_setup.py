@@ -1,6 +1,8 @@
 """What an experiment evaluates: validation splits make the score, a test split is told beside it."""
 
+import csv
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ from ml_collections import ConfigDict
 
 from qtx.data import Encoded, get_task
 from qtx.experiments.compare import tfidf_predictions
-from qtx.experiments.run import evaluate, quantize, train
+from qtx.experiments.run import evaluate, make_recipe, quantize, train
 from qtx.experiments.setup import VALIDATION, Experiment, family_and_sizes, setup
+from qtx.train.logging import read_metrics
 from tests.conftest import WORDS
 
 SUBJECTS = ("city house", "actor film", "good time", "quite bad")
@@ -113,3 +116,40 @@ def test_sizes_of_a_section(from_nothing, tiny_checkpoint):
     from_nothing.model.name, from_nothing.model.sizes = str(tiny_checkpoint), ConfigDict({"num_layers": 2})
     family, sizes = family_and_sizes(from_nothing.model)
     assert (family.name, sizes.num_layers) == ("bert", 2)
+
+
+def test_a_run_keeps_its_best_model_and_tells_of_the_last(news, tmp_path):
+    config = news.config
+    config.recipe, config.evaluate_test, config.save_models = ("finetune", "qat"), True, False
+    config.phases.finetune.update({"steps": 16, "evaluate_every": 0.25, "keep_best": True, "patience": 3})
+    config.phases.qat.update({"steps": 2, "quantized": False})
+    trained = train(news, tmp_path / "run")
+    found, lines = trained["metrics"], read_metrics(tmp_path / "run")
+    history = [line for line in lines if "finetune/eval/score" in line]
+    scores = [line["finetune/eval/score"] for line in history]
+    assert history[0]["step"] == 4 and history[0]["finetune/eval/epoch"] == 0.25
+    assert found["finetune"]["score"] == max(scores) and found["finetune"]["last_score"] == scores[-1]
+    assert found["finetune"]["best_epoch"] == history[scores.index(max(scores))]["finetune/eval/epoch"]
+    best = history[scores.index(max(scores))]
+    assert found["finetune"]["test_accuracy"] == best["finetune/eval/test_accuracy"]
+    assert list(found["qat"]) == ["accuracy", "test_accuracy", "score"]
+    result = json.loads((tmp_path / "run" / "result_finetune.json").read_text())
+    assert result == found["finetune"] | {"step": history[-1]["step"]}
+    header = (tmp_path / "run" / "report.csv").read_text().splitlines()[0].split(",")
+    names = ["accuracy", "test_accuracy", "score", "last_accuracy", "last_test_accuracy", "last_score", "best_epoch"]
+    assert header == ["phase", *names, "seconds"]
+    rows = list(csv.DictReader((tmp_path / "run" / "curves.csv").open()))
+    assert [row["phase"] for row in rows][:: len(rows) - 1] == ["finetune", "qat"]
+    assert [float(row["score"]) for row in rows if row["score"]] == scores
+    assert (tmp_path / "run" / "curves.png").is_file()
+
+
+def test_evaluation_while_training_looks_at_validation_alone_unless_it_is_told(news):
+    section = news.config.phases.finetune
+    assert make_recipe(news)[0][0].evaluation is None
+    section.evaluate_every = 0.5
+    for evaluate_test, names in ((False, ["accuracy", "score"]), (True, ["accuracy", "test_accuracy", "score"])):
+        news.config.evaluate_test = evaluate_test
+        (phase,), _ = make_recipe(news)
+        assert (phase.evaluation.every, phase.evaluation.keep_best, phase.evaluation.patience) == (0.5, False, 0)
+        assert list(phase.evaluation.run(phase, news.variables)) == names

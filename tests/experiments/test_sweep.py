@@ -44,7 +44,8 @@ def runs(monkeypatch):
     def entry(config, workdir, lost=0.0):
         started.append((workdir, config))
         (workdir / "model").mkdir(parents=True)
-        (workdir / "checkpoints").mkdir()
+        for name in ("checkpoints", "best"):
+            (workdir / name).mkdir()
         return {"": {"score": config.seed / 10 - lost, "weight_bytes": 2**20}}
 
     monkeypatch.setitem(ENTRIES, "train", entry)
@@ -146,7 +147,7 @@ def test_each_model_is_trained_once_and_nothing_is_repeated(runs, tmp_path):
     config.sweep.seeds = (1, 2, 3, 4)  # more of the same is welcome
     sweep.sweep(config, tmp_path, only=["rte/*"])
     assert names(runs, tmp_path)[12:] == ["rte/full/seed_4", "rte/low/seed_4"]
-    assert not list(tmp_path.rglob("checkpoints"))
+    assert not list(tmp_path.rglob("checkpoints")) and not list(tmp_path.rglob("best"))
     assert json.loads((tmp_path / "config.json").read_text())["sweep"]["seeds"] == [1, 2, 3, 4]
 
 

@@ -19,8 +19,8 @@ from qtx.methods.qat import training_policy
 from qtx.nn import check_policy, list_sites
 from qtx.nn.aliases import ALIASES
 from qtx.nn.describe import describe
-from qtx.train.loop import INPUTS, Phase, make_state, make_step
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
+from qtx.train.phase import INPUTS, Phase, make_state, make_step
 from tests.models.hf import write_checkpoint
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "families"

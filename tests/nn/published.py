@@ -20,8 +20,8 @@ from qtx.methods.qat import qat_phase
 from qtx.models.checkpoints import abstract_params
 from qtx.nn import check_policy, list_sites, policy
 from qtx.nn.describe import describe
-from qtx.train.loop import INPUTS, inputs, make_state, make_step
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
+from qtx.train.phase import INPUTS, inputs, make_state, make_step
 from tests.models.hf import write_checkpoint
 from tests.nn import tiny
 

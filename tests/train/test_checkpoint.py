@@ -262,3 +262,21 @@ def test_shardings_are_those_of_the_target(tmp_path):
     )
     _, stderr = child.communicate()
     assert child.returncode == 0, stderr
+
+
+def test_rewind_forgets_what_came_later(tmp_path):
+    with Checkpoints(tmp_path / "run", keep=3) as checkpoints:
+        checkpoints.rewind(0)
+        assert not (tmp_path / "run").exists()
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"x": jnp.float32(step)}, {"note": step})
+        checkpoints.rewind(1)
+        assert checkpoints.steps() == [1] and checkpoints.meta() == checkpoints.meta(1) == {"note": 1}
+        checkpoints.save(2, {"x": jnp.float32(20)}, {"note": 20})
+        state, meta = checkpoints.restore({"x": jnp.float32(0)})
+    assert (float(state["x"]), meta) == (20.0, {"note": 20})
+    with Checkpoints(tmp_path / "run", keep=3) as checkpoints:
+        checkpoints.rewind(2)
+        assert checkpoints.steps() == [1, 2]
+        with pytest.raises(UserError, match="no checkpoint of step 7"):
+            checkpoints.meta(7)

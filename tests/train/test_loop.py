@@ -19,8 +19,9 @@ from qtx.experiments.run import make_recipe, train_and_evaluate
 from qtx.experiments.setup import setup
 from qtx.train.checkpoint import Checkpoints
 from qtx.train.logging import read_metrics
-from qtx.train.loop import fit, inputs, make_state, make_step
+from qtx.train.loop import fit
 from qtx.train.optimizer import make_optimizer
+from qtx.train.phase import inputs, make_state, make_step
 
 ROOT = Path(__file__).parents[2]
 

@@ -131,3 +131,42 @@ def test_plot_input(tmp_path):
     with pytest.raises(UserError, match="'int8' has size 0"):
         report.plot_accuracy_against_size([("int8", 0, 0.5)], tmp_path / "plot.png")
     assert list(tmp_path.iterdir()) == []
+
+
+LINES = [
+    {"step": 2, "a/loss": 0.5, "a/grad_norm": 1.0},
+    {"step": 4, "a/eval/epoch": 1.0, "a/eval/accuracy": 0.5, "a/eval/score": 0.5},
+    {"step": 4, "a/loss": 0.25},
+    {"step": 8, "b/loss": 0.125},
+    {"step": 8, "b/eval/epoch": 1.0, "b/eval/accuracy": 0.75, "b/eval/test_accuracy": 0.625, "b/eval/score": 0.75},
+]
+
+
+def test_curves_have_a_row_for_each_step(tmp_path):
+    curves = report.training_curves(LINES, ["a", "b"], batches_per_epoch=4)
+    assert curves.columns == ["phase", "step", "epoch", "training_loss", "accuracy", "score", "test_accuracy"]
+    assert [list(row) for row in curves.rows] == [
+        ["a", 2, 0.5, 0.5, None, None, None],
+        ["a", 4, 1.0, 0.25, 0.5, 0.5, None],
+        ["b", 8, 2.0, 0.125, 0.75, 0.75, 0.625],
+    ]
+    assert report.training_curves([], ["a"], 4).rows == []
+
+
+def test_curves_are_drawn(tmp_path, monkeypatch):
+    drawn, save = [], report.save_figure
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.append(figure) or save(figure, path))
+    curves = report.training_curves(LINES, ["a", "b"], batches_per_epoch=4)
+    report.plot_curves(curves, tmp_path / "curves.png")
+    assert image.imread(tmp_path / "curves.png").shape == (900, 1200, 4)
+    loss, metrics = drawn[0].axes
+    lines = [line for line in loss.lines if len(line.get_xdata())]
+    first, second, border = (
+        [*map(list, zip(*line.get_xydata(), strict=True))] for line in (lines[0], lines[1], lines[2])
+    )
+    assert (first, second) == ([[0.5, 1.0], [0.5, 0.25]], [[2.0], [0.125]]) and border[0] == [1.0, 1.0]
+    assert lines[0].get_color() != lines[1].get_color()
+    named = [text.get_text() for text in metrics.get_legend().get_texts()]
+    assert named == ["accuracy", "test_accuracy"], "a score that is the accuracy is not drawn again"
+    report.plot_curves(report.training_curves(LINES[:1], ["a"], 4), tmp_path / "loss.png")
+    assert len(drawn[1].axes) == 1
