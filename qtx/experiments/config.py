@@ -161,6 +161,7 @@ def quantization() -> ConfigDict:
             "setup": "all",  # 'FP_logits', 'MSE_logits'
             "overrides": "",  # of activations, Et, wP, wC: such as 'x=16, h=16, y=16' or 'y=ngp6, Et=2, z1=fp32'
             "adaround": False,  # learned rounding of the weights of linear layers, see the section `adaround`
+            "published_evaluation": False,  # of the AG_NEWS study: rounding is drawn again, no biases in quantized layers
             "weight_overrides": "",  # by short name or pattern: such as 'FFN=4, **/position/table=8, wC=fp32'
         }
     )

@@ -22,7 +22,7 @@ from qtx import models
 from qtx.errors import UserError
 from qtx.experiments.config import adaround_from, evaluation_from, optimizer_from, phases_of, policy_from
 from qtx.experiments.setup import VALIDATION, Experiment, setup
-from qtx.export.packed import save_quantized
+from qtx.export.packed import packable, save_quantized
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound, adaround, layers_to_round
 from qtx.methods.calibrate import calibrate, quantized_weights
@@ -164,12 +164,15 @@ def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
 def save_trained(
     experiment: Experiment, last: Phase, policy: Policy | None, variables: Mapping[str, Any], workdir: Path
 ) -> None:
-    """Writes the float master as `model/` and, after a quantized phase, the packed artifact as `quantized/`."""
+    """Writes the float master as `model/` and, after a quantized phase, the packed artifact as `quantized/`.
+
+    Weights on a published grid without integers (`qtx.export.packed.packable`) are not packed: there is no artifact then.
+    """
     if not experiment.config.save_models:
         return
     family, sizes = experiment.pretrained.family, experiment.pretrained.config
     models.save(workdir / "model", family, sizes, variables["params"], experiment.tokenizer)
-    if policy is not None:
+    if policy is not None and packable(policy):
         trained = last.model.policy  # type: ignore[attr-defined]
         save_quantized(
             workdir / "quantized",

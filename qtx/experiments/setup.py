@@ -20,6 +20,7 @@ from qtx.analysis.amplify import amplify
 from qtx.data.batching import Batches, bucket_lengths
 from qtx.errors import UserError, near_misses
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
+from qtx.methods.agnews_study import without_quantized_biases
 from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo, list_sites
 from qtx.train import metrics
@@ -134,10 +135,14 @@ class Experiment:
     ) -> dict[str, np.ndarray]:
         """Returns the logits `[N, C]` of splits; see `evaluate`."""
         found: dict[str, np.ndarray] = {}
+        policy, draws = model.policy, None  # type: ignore[attr-defined]
+        if self.config.quant.published_evaluation and policy is not None:
+            draws = self.config.seed
+            variables = {**variables, "params": without_quantized_biases(variables["params"], policy)}
         for split in splits:
             if split in self.encoded:
                 batches = self.batches(split, self.config.data.eval_batch_size, shuffle=False, epochs=1)
-                found[split] = predict(model, variables, batches, self.mesh)
+                found[split] = predict(model, variables, batches, self.mesh, draws)
         return found
 
     def metrics(self, logits: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -160,6 +160,11 @@ def _weight_spec(policy: Policy, sites: Mapping[str, SiteInfo], name: str) -> Sp
     return None if spec is None or info is None else spec.at(info.channel_axis, len(info.shape))
 
 
+def packable(policy: Policy) -> bool:
+    """Whether all quantized weights are integers times a scale: not so for the published `'tanh'` and `'shifted'`."""
+    return all(rule.spec is None or rule.spec.scheme not in ("tanh", "shifted") for rule in policy.weights)
+
+
 def _zero_point_dtype(spec: Spec) -> np.dtype:
     if spec.scheme == "offset":
         return np.dtype(np.float32)

@@ -67,11 +67,15 @@ def qat_phase(
       optimizer: its settings.
       ranges: see `training_policy`.
       calibration_options: further arguments of `calibrate`.
-      **options: further fields of `Phase`.
+      **options: further fields of `Phase`. Grids that depend on the progress of training see it by the epoch, as in IR-Net,
+        unless `schedule` says otherwise.
     """
+    trained = training_policy(policy, ranges)
+    depends = any(rule.spec is not None and rule.spec.needs_progress for rule in trained.weights)
+    options.setdefault("schedule", "epoch" if depends else "none")
     return Phase(
         name,
-        model.clone(policy=training_policy(policy, ranges)),
+        model.clone(policy=trained),
         optimizer,
         prepare=lambda model, params: calibrate(model, params, calibration, **(calibration_options or {})),
         update_ranges=ranges == "updated",

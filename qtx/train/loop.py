@@ -158,7 +158,7 @@ def _observers(phase: Phase, span: Span, state: TrainState, example: Batch) -> d
     """Estimators start from the calibrated ranges' own data: one observation of the first batch."""
     variables = state.variables() | scheduled(phase, span, span.start)
     _, changed = phase.model.apply(variables, *inputs(example), mutable=["ranges", "observers"])
-    return changed["observers"]
+    return changed.get("observers", {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,16 @@ from qtx.models import load
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = {
+    "agnews": [
+        "full_precision",
+        "w4",
+        "fully8+bert",
+        "ir_net_ALL+latent",
+        "published_w8",
+        "patterns",
+        "minilm",
+        "smoke",
+    ],
     "analyze": ["w8a8", "paper", "smoke"],
     "finetune": ["film_reviews", "bbc_news", "rte", "smoke"],
     "ptq": ["w8a8", "w8a8_mixed", "w8a8_peg", "w8a32", "w4a8", "w4a32", "ternary", "published", "smoke"],
@@ -53,7 +63,7 @@ def test_every_config_resolves(name, argument):
     assert set(base()) <= set(config)
     for phase in config.recipe:
         assert phase in config.phases
-    if name in ("ptq", "qat"):
+    if name in ("ptq", "qat") or (name == "agnews" and "sweep" not in config):
         assert policy_from(config.quant, 6) is not None
 
 
