@@ -68,12 +68,17 @@ def load_tokenizer(directory_or_id: str | os.PathLike[str]) -> PreTrainedTokeniz
         raise UserError(f"no such directory: {path}; give a directory that holds tokenizer.json or vocab.txt")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not wanted
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a config.json of a family that is qtx's own is no reason for advice
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the readers of the many formats raise anything, bare Exception included
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot load a tokenizer from {name!r}: {reason}; give a directory that holds one") from error
+    finally:
+        logging.set_verbosity(verbosity)
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.backend_tokenizer.no_truncation()

@@ -1,0 +1,79 @@
+"""The AG_NEWS study on any encoder, by configuration alone, and how it was evaluated."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qtx import quant
+from qtx.experiments.config import changed
+from qtx.experiments.run import train_and_evaluate
+from qtx.experiments.setup import setup
+from qtx.methods.agnews_study import PATTERNS, input_policy, pattern_policy, without_quantized_biases
+from qtx.nn import BertClassifier, check_policy, list_sites
+from qtx.quant.spec import Spec
+from qtx.train.loop import Phase
+from tests.experiments.test_launch import get_config, on_tiny
+from tests.nn import tiny
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_fit_bert(pattern):
+    sites = list_sites(BertClassifier(tiny.CONFIG), {"params": tiny.params()}, *tiny.inputs())
+    check_policy(pattern_policy(pattern, quant.binary()), sites)
+    check_policy(input_policy(quant.asymmetric(8)), sites)
+
+
+def test_biases_of_quantized_layers_alone_are_left_out():
+    params = jax.tree.map(lambda x: jnp.ones_like(x), tiny.params())
+    found = without_quantized_biases(params, pattern_policy("FFN", quant.symmetric(8)))
+    layer = found["encoder"]["layer_0"]
+    assert not np.any(layer["ffn"]["up"]["bias"]) and np.all(layer["ffn"]["up"]["kernel"] == 1)
+    assert np.all(layer["ffn"]["norm"]["bias"] == 1) and np.all(layer["attention"]["out"]["bias"] == 1)
+
+
+def shrunk(argument, tiny_config):
+    """A method of the study on the tiny BERT, for two epochs of three steps."""
+    config = on_tiny(get_config("agnews", argument), tiny_config)
+    config.data.limit_eval, config.data.buckets, config.evaluate_test = 16, 1, False
+    config.data.limit_train = 24
+    for phase in (config.phases.finetune, config.phases.qat):
+        phase.update(batch_size=8, epochs=2.0)
+    return config
+
+
+def test_binarized_with_a_latent_epoch_on_another_encoder(tiny_config, tmp_path):
+    config = shrunk("ir_net_ALL_wo_final+latent", tiny_config)
+    config.phases.finetune.epochs = 1.0
+    result = train_and_evaluate(config, tmp_path)
+    assert list(result["metrics"]) == ["finetune", "qat"]
+    kernel = result["params"]["encoder"]["layer_0"]["ffn"]["up"]["kernel"]
+    header = json.loads((tmp_path / "quantized" / "config.json").read_text())
+    assert header["model_type"] == "bert" and kernel.dtype == jnp.float32
+    rows = (tmp_path / "curves.csv").read_text().splitlines()
+    assert any(row.startswith("finetune") for row in rows) and any(row.startswith("qat") for row in rows)
+
+
+def test_progress_reaches_the_grid_by_the_epoch_and_soft_signs_are_not_packed(tiny_config, tmp_path):
+    config = shrunk("published_ir_net_FFN", tiny_config)
+    config.model.sizes = {}
+    result = train_and_evaluate(config, tmp_path)
+    assert float(result["schedule"]["progress"]) in (0.0, 0.5)
+    assert not (tmp_path / "quantized").exists() and (tmp_path / "model").is_dir()
+
+
+def test_activation_ranges_follow_the_data_and_evaluation_as_published(tiny_config, tmp_path):
+    config = changed(shrunk("fully4", tiny_config), {"quant.weight_rounding": "stochastic"}, "test")
+    result = train_and_evaluate(config, tmp_path)
+    ends = result["ranges"]["encoder"]["layer_0"]["ffn"]["up"]["input"]
+    assert float(ends["scale"]) > 0
+    # What is evaluated as published has other logits: rounding is drawn, biases are gone.
+    experiment = setup(config)
+    phase = Phase("p", experiment.model.clone(policy=pattern_policy("ALL", Spec(2, "magnitude", range="dynamic"))))
+    variables = {"params": result["params"]}
+    plain = experiment.logits(phase.model, variables)["validation"]
+    config.quant.published_evaluation = True
+    published = experiment.logits(phase.model, variables)["validation"]
+    assert np.abs(plain - published).max() > 1e-4
