@@ -111,6 +111,29 @@ def test_evaluation_while_training(tiny_config, tmp_path, fields, named):
     assert named in train(tiny_config, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"pattern": "ALL_QKV"}, "'ALL_QK'"),
+        ({"pattern": "ALL"}, "quant.activation_bits=32"),
+        ({"weight_scheme": "ir_net", "weight_bits": 4}, "'ir_net' has 1 bit, not 4"),
+        ({"weight_scheme": "binary", "weight_gradient": "clip"}, "'clipped'"),
+        ({"weight_scheme": "magnitude", "weight_bits": 17}, "1 to 15 bits, not 17"),
+    ],
+)
+def test_patterns_and_codebooks(tiny_config, tmp_path, fields, named):
+    tiny_config.recipe = ("qat",)
+    tiny_config.quant.update(fields)
+    assert named in train(tiny_config, tmp_path)
+
+
+def test_method_that_does_not_exist(tmp_path):
+    from tests.experiments.test_launch import get_config
+
+    assert "'w3'" in message(get_config, "agnews", "w3")
+    assert "'latent'" in message(get_config, "agnews", "w4+latnet")
+
+
 def test_quantized_phase_without_quantization(tiny_config, tmp_path):
     tiny_config.recipe = ("qat",)
     tiny_config.quant.weight_bits = tiny_config.quant.activation_bits = 32

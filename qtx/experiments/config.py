@@ -364,6 +364,7 @@ def _pattern_policy(
         )
     if section.pattern and weights is None:
         raise UserError(f"quant.pattern is {section.pattern!r}, but quant.weight_bits is 32: give the weights bits")
+    found = make_policy() if weights is None else pattern_policy(section.pattern or "ALL", weights)
     if activations is not None and section.activation_sites != "inputs":
         raise UserError(
             "quant.pattern names weights: set quant.activation_bits=32, or quant.activation_sites='inputs' to quantize what "
@@ -371,7 +372,6 @@ def _pattern_policy(
         )
     everywhere = _granularity(section.activation_granularity)
     inputs = activations and dataclasses.replace(activations, granularity=everywhere)
-    found = pattern_policy(section.pattern or "ALL", weights) if weights is not None else make_policy()
     return dataclasses.replace(found, inputs=input_policy(inputs).inputs if inputs is not None else ())
 
 
