@@ -330,10 +330,15 @@ class Spec:
         return dataclasses.replace(self, granularity=dataclasses.replace(self.granularity, axis=axis))
 
     def __str__(self) -> str:
+        rounded = [self.rounding] if self.rounding == "stochastic" else []
         if self.is_codebook:
             bits = f"{self.bits}-bit " if CODEBOOKS[self.scheme][1] > 2 else ""
-            return f"{bits}{self.scheme}, {self.granularity}"
-        return f"{self.bits}-bit {self.scheme}, {self.granularity}, {self.range}"
+            own = ["standardized"] * self.standardize
+            own += [f"scale {self.scale}"] * (self.scale != "mean") + [f"gradient {self.gradient}"] * (
+                self.gradient != "straight"
+            )
+            return ", ".join([f"{bits}{self.scheme}", str(self.granularity), *own, *rounded])
+        return ", ".join([f"{self.bits}-bit {self.scheme}", str(self.granularity), self.range, *rounded])
 
 
 def symmetric(bits: int = 8, granularity: Granularity = Granularity(), **options: Any) -> Spec:
