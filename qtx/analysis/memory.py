@@ -152,9 +152,14 @@ def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
     """
     counts: dict[str, int] = {}
     for name, value in traverse_util.flatten_dict(params, sep="/").items():
-        part = re.sub(r"^encoder/(layer_\d+/)?", "", name).partition("/")[0]
+        part = part_of(name)
         counts[part] = counts.get(part, 0) + math.prod(value.shape)
     return counts
+
+
+def part_of(name: str) -> str:
+    """Returns the part of an encoder that a parameter belongs to, see `parameter_counts`."""
+    return re.sub(r"^encoder/(layer_\d+/)?", "", name).partition("/")[0]
 
 
 def activation_elements(config: BertConfig, batch: int, tokens: int, embeddings: bool = True) -> int:

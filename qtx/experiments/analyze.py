@@ -1,4 +1,5 @@
-"""Look into a trained model: which quantizers cost its score, where its outliers are, what its tensors weigh.
+"""Look into a trained model: which quantizers cost its score, where its outliers are, how its weights are
+distributed, what its tensors weigh.
 
 `config.analyses` names what is done, `config.analysis` says how. The run directory gets the tables as Markdown and CSV, the
 plots and a `report.md` with all of them. A sensitivity that was interrupted goes on after its last variant.
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from qtx.analysis import memory, outliers, sensitivity
+from qtx.analysis import memory, outliers, sensitivity, weights
 from qtx.errors import UserError, near_misses
 from qtx.experiments.run import calibration_options, policy_to_apply
 from qtx.experiments.setup import VALIDATION, Experiment, setup
@@ -147,6 +148,21 @@ def _outliers(experiment: Experiment, policy: Policy) -> Part:
     return run
 
 
+def _weights(experiment: Experiment, policy: Policy) -> Part:
+    bins = experiment.config.analysis.weights.bins
+    weights.check(bins)
+
+    def run(workdir: Path) -> list[str | Table]:
+        found = weights.collect(experiment.pretrained.params, experiment.sites(), policy)
+        table = weights.parts_table(found)
+        table.save(workdir, "weights")
+        weights.tensors_table(found).save(workdir, "weights_tensors")
+        weights.plot(found, workdir / "weights.png", bins)
+        return [table, "By kernel and table: weights_tensors.md.", "![weights](weights.png)"]
+
+    return run
+
+
 def _memory(experiment: Experiment, policy: Policy) -> Part:
     c = experiment.config.analysis.memory
     if c.batch_size < 1 or not 1 <= c.tokens <= experiment.pretrained.config.max_positions:
@@ -158,13 +174,13 @@ def _memory(experiment: Experiment, policy: Policy) -> Part:
     def run(workdir: Path) -> list[str | Table]:
         shape = jax.ShapeDtypeStruct((c.batch_size, c.tokens), jnp.int32)
         sites = experiment.sites(shape, shape, shape)
-        weights = memory.weight_memory(policy, sites, experiment.pretrained.params)
+        parameters = memory.weight_memory(policy, sites, experiment.pretrained.params)
         ranges = memory.range_memory(policy, sites)
         activations = memory.activation_memory(policy, sites)
-        for name, items in (("memory_weights", weights + ranges), ("memory_activations", activations)):
+        for name, items in (("memory_weights", parameters + ranges), ("memory_activations", activations)):
             memory.sites_table(items).save(workdir, name)
         found = memory.totals(activations)
-        blocks: list[str | Table] = [memory.totals_table(weights + ranges)]
+        blocks: list[str | Table] = [memory.totals_table(parameters + ranges)]
         blocks[0].save(workdir, "memory")  # type: ignore[union-attr]
         blocks.append(
             f"Activations of {c.batch_size} x {c.tokens} tokens, all sites together: {found['stored'] / 2**20:.2f} MiB, "
@@ -183,5 +199,6 @@ def _memory(experiment: Experiment, policy: Policy) -> Part:
 ANALYSES: dict[str, Callable[[Experiment, Policy], Part]] = {
     "sensitivity": _sensitivity,
     "outliers": _outliers,
+    "weights": _weights,
     "memory": _memory,
 }

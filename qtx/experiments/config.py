@@ -242,6 +242,9 @@ def analysis() -> ConfigDict:
                 "k": 6.0,  # standard deviations
                 "batches": 8,  # of calibration.batch_size training examples
             },
+            "weights": {
+                "bins": 100,  # of each histogram
+            },
             "memory": {
                 "batch_size": 1,  # of the activations
                 "tokens": 128,

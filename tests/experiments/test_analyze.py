@@ -38,7 +38,7 @@ def test_smoke_leaves_a_report_and_resumes(config, tmp_path, monkeypatch):
     config.analysis.outliers.k = 3.0
     text = analyze(config, tmp_path)
     assert (tmp_path / "report.md").read_text() == text
-    for picture in ("sensitivity.png", "ranges.png", "outliers.png"):
+    for picture in ("sensitivity.png", "ranges.png", "outliers.png", "weights.png"):
         assert f"({picture})" in text and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert all(f"## {name.capitalize()}" in text for name in ANALYSES)
 
@@ -52,6 +52,10 @@ def test_smoke_leaves_a_report_and_resumes(config, tmp_path, monkeypatch):
     assert scores["full precision"]["error"] < 1e-5
     with open(tmp_path / "outlier_sites.csv", newline="") as file:
         assert [row["site"] for row in csv.DictReader(file)] == ["h0", "y0", "h1", "y1"]
+    with open(tmp_path / "weights.csv", newline="") as file:
+        assert {"attention", "attention, quantized", "ffn", "embeddings"} < {
+            row["part"] for row in csv.DictReader(file)
+        }
     with open(tmp_path / "memory.csv", newline="") as file:
         factors = {row["counted"]: float(row["smaller by"]) for row in csv.DictReader(file)}
     assert factors["plain"] == 4 > factors["biases at 32"] > factors["stored"] > 2
