@@ -25,6 +25,12 @@ from qtx.files import write_text
 from qtx.quant.policy import Policy
 from qtx.train.report import Table, check_config, save_config
 
+_WHY_THEY_DIFFER = (
+    "The sites are counted as if all were kept; a compiled program reuses buffers and fuses operations, so that many tensors "
+    "never exist. Fake quantization computes in float32 and saves no buffer: on hardware with integer kernels it is the sum of "
+    "the sites that shrinks."
+)
+
 Part = Callable[[Path], list["str | Table"]]  # writes its files and returns what the report says
 
 
@@ -176,16 +182,22 @@ def _memory(experiment: Experiment, policy: Policy) -> Part:
         sites = experiment.sites(shape, shape, shape)
         parameters = memory.weight_memory(policy, sites, experiment.pretrained.params)
         ranges = memory.range_memory(policy, sites)
-        activations = memory.activation_memory(policy, sites)
-        for name, items in (("memory_weights", parameters + ranges), ("memory_activations", activations)):
+        activations, inputs = memory.activation_memory(policy, sites), memory.input_memory(policy, sites)
+        for name, items in (("memory_weights", parameters + ranges), ("memory_activations", activations + inputs)):
             memory.sites_table(items).save(workdir, name)
-        found = memory.totals(activations)
         blocks: list[str | Table] = [memory.totals_table(parameters + ranges)]
         blocks[0].save(workdir, "memory")  # type: ignore[union-attr]
-        blocks.append(
-            f"Activations of {c.batch_size} x {c.tokens} tokens, all sites together: {found['stored'] / 2**20:.2f} MiB, "
-            f"in float32 {found['float32'] / 2**20:.2f} MiB."
-        )
+        programs = {}
+        if c.compiled:
+            models = {"full precision": experiment.model, "quantized": experiment.model.clone(policy=policy)}
+            programs = {
+                name: memory.model_memory(model, experiment.pretrained.params, shape, shape, shape)
+                for name, model in models.items()
+            }
+        sizes = experiment.pretrained.config
+        running = memory.run_time_table(sizes, c.batch_size, c.tokens, activations, inputs, programs)
+        running.save(workdir, "memory_run")
+        blocks += [f"While it runs, {c.batch_size} x {c.tokens} tokens:", running, _WHY_THEY_DIFFER]
         rows = [[bits, *memory.share(activations, bits)] for bits in sorted({item.bits for item in activations})]
         columns = ["bits of activations", "of values", "of tensors"]
         blocks.append(Table(columns, rows, {"of values": ".1%", "of tensors": ".1%"}))

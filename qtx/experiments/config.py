@@ -248,6 +248,7 @@ def analysis() -> ConfigDict:
             "memory": {
                 "batch_size": 1,  # of the activations
                 "tokens": 128,
+                "compiled": True,  # compile the model, four programs, and ask XLA
             },
         }
     )

@@ -36,6 +36,7 @@ def config(tiny_checkpoint, tiny_data):
 
 def test_smoke_leaves_a_report_and_resumes(config, tmp_path, monkeypatch):
     config.analysis.outliers.k = 3.0
+    config.analysis.memory.compiled = False  # four programs that another test compiles
     text = analyze(config, tmp_path)
     assert (tmp_path / "report.md").read_text() == text
     for picture in ("sensitivity.png", "ranges.png", "outliers.png", "weights.png"):
@@ -77,6 +78,13 @@ def test_one_analysis_alone(config, tmp_path):
     config.analyses = ("memory",)
     text = analyze(config, tmp_path)
     assert "Sensitivity" not in text and "stored" in text and not (tmp_path / "sensitivity.jsonl").exists()
+    with open(tmp_path / "memory_run.csv", newline="") as file:
+        found = {row["counted"]: row for row in csv.DictReader(file)}
+    assert float(found["activations"]["quantized, MiB"]) < float(found["activations"]["full precision, MiB"])
+    both = found["forward and backward: output"]
+    assert float(both["quantized, MiB"]) >= float(both["full precision, MiB"]) > 0
+    config.analysis.memory.compiled = False
+    assert "forward" not in analyze(config, tmp_path / "counted")
 
 
 @pytest.mark.parametrize("argument", ["w8a8", "paper"])
