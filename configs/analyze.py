@@ -8,7 +8,7 @@ from one text: the table of the paper), or `smoke` for a run of seconds.
 
 Expected of the quickstart's model with `w8a8`: the culprit is y. Without it the error of the logits falls from 0.39 to 0.23,
 without h to 0.26, without any other group hardly at all; dimensions 99, 127, 223 and 319 hold the outliers. On 256 examples
-the scores themselves carry two points of noise (`--config.data.limit_eval=0` takes all). Two minutes of CPU time.
+the scores themselves carry two points of noise (`--config.data.limit_eval=0` takes all). Three minutes of CPU time.
 """
 
 from qtx.errors import UserError, near_misses

@@ -18,8 +18,9 @@ What a model takes while it runs has no single number either; `run_time_table` p
 
 A program reuses a buffer when its tensor is no longer needed, and by fusion many tensors never get one: a forward pass
 takes less than the sum of its sites. A backward pass keeps what its gradients need, and returns a gradient for each
-parameter. Fake quantization computes in float32: grids save nothing at run time here, and their gradients need buffers of
-their own. What integer kernels would take is the sum at its bits. The figures of XLA depend on backend and version.
+parameter. Fake quantization computes in float32: grids save nothing at run time here, and the weights on their grids are
+buffers of the program, in which full precision has its arguments alone. What integer kernels would take is the sum at its
+bits. The figures of XLA depend on backend and version.
 """
 
 from __future__ import annotations
@@ -221,7 +222,7 @@ def model_memory(model: nn.Module, params: Mapping[str, Any], *args: Any) -> dic
     def total(*given: Any) -> jax.Array:
         return jnp.sum(forward(*given))
 
-    programs = {"forward": forward, "forward and backward": jax.value_and_grad(total)}
+    programs: dict[str, Callable[..., Any]] = {"forward": forward, "forward and backward": jax.value_and_grad(total)}
     found = {}
     with progress(len(programs), f"compile{', quantized' * quantized}") as bar:
         for number, (name, program) in enumerate(programs.items(), 1):
@@ -263,7 +264,7 @@ def run_time_table(
     bits = {item.bits for item in activations + inputs} - {32} or {32}
     counted = elements * bits.pop() / 8 if len(bits) == 1 else None
     rows.append(["published counter", 4 * elements, counted, f"{elements:,d} values at the bits of quantized sites"])
-    notes = {"temporary": "buffers that XLA reserves, in float32", "output": "what the program returns"}
+    notes = {"temporary": "buffers that XLA reserves beside the arguments", "output": "what the program returns"}
     full, quantized = ((programs or {}).get(name, {}) for name in ("full precision", "quantized"))
     for program in dict.fromkeys([*full, *quantized]):
         for what, note in notes.items():

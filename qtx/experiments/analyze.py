@@ -27,8 +27,8 @@ from qtx.train.report import Table, check_config, save_config
 
 _WHY_THEY_DIFFER = (
     "The sites are counted as if all were kept; a compiled program reuses buffers and fuses operations, so that many tensors "
-    "never exist. Fake quantization computes in float32 and saves no buffer: on hardware with integer kernels it is the sum of "
-    "the sites that shrinks."
+    "never exist. Fake quantization computes in float32 and puts the weights on their grids within the program, so its buffers "
+    "are more, not less: on hardware with integer kernels it is the sum of the sites that shrinks."
 )
 
 Part = Callable[[Path], list["str | Table"]]  # writes its files and returns what the report says
