@@ -1,4 +1,5 @@
-"""Look into a trained model: which quantizers cost its score, where its outliers are, what its tensors weigh.
+"""Look into a trained model: which quantizers cost its score, where its outliers are, how its weights are distributed, what its
+tensors weigh.
 
     python launch/analyze.py --config=configs/analyze.py:w8a8 --config.model.name=runs/quickstart/model --workdir=runs/analysis
 
@@ -7,7 +8,7 @@ from one text: the table of the paper), or `smoke` for a run of seconds.
 
 Expected of the quickstart's model with `w8a8`: the culprit is y. Without it the error of the logits falls from 0.39 to 0.23,
 without h to 0.26, without any other group hardly at all; dimensions 99, 127, 223 and 319 hold the outliers. On 256 examples
-the scores themselves carry two points of noise (`--config.data.limit_eval=0` takes all). Two minutes of CPU time.
+the scores themselves carry two points of noise (`--config.data.limit_eval=0` takes all). Three minutes of CPU time.
 """
 
 from qtx.errors import UserError, near_misses
@@ -22,7 +23,7 @@ def get_config(arg: str = "w8a8"):
         raise UserError(f"configs/analyze.py: unknown setting {arg!r}{near_misses(arg, SETTINGS)}")
     config = base()
     config.model.fresh_head = False
-    config.analyses = ("sensitivity", "outliers", "memory")
+    config.analyses = ("sensitivity", "outliers", "weights", "memory")
     config.analysis = analysis()
     config.analysis.sensitivity.groups = ("e", "s", "p", "c", "g", "u", "x", "h", "y", "z", "MHA+FFN")
     config.data.limit_train, config.data.limit_eval = 2048, 256

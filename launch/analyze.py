@@ -1,4 +1,4 @@
-"""Analyze a trained checkpoint: sensitivity to its quantizers, outliers, memory.
+"""Analyze a trained checkpoint: sensitivity to its quantizers, outliers, weights, memory.
 
 python launch/analyze.py --config=configs/analyze.py:w8a8 --config.model.name=runs/quickstart/model --workdir=runs/analysis
 """

@@ -482,7 +482,7 @@ def test_quantizing_a_model_without_a_trained_head(tiny_config, checkpoint, tmp_
 def analysis_config(tiny_config, tmp_path, monkeypatch):
     """Analyses of the tiny model, of which none may start."""
     tiny_config.model.fresh_head = False
-    tiny_config.analyses = ("sensitivity", "outliers", "memory")
+    tiny_config.analyses = ("sensitivity", "outliers", "weights", "memory")
     tiny_config.analysis = analysis()
     for name in ("sensitivity.measure", "outliers.collect", "memory.weight_memory"):
         monkeypatch.setattr(f"qtx.experiments.analyze.{name}", lambda *a, **k: pytest.fail("an analysis started"))
@@ -493,7 +493,7 @@ def analysis_config(tiny_config, tmp_path, monkeypatch):
     ("field", "value", "named"),
     [
         ("analyses", ("sensitivty",), "'sensitivity'"),
-        ("analyses", (), "sensitivity, outliers, memory"),
+        ("analyses", (), "sensitivity, outliers, weights, memory"),
         ("analysis.sensitivity.groups", ("**/ffn/residul",), "ffn/residual"),
         ("analysis.sensitivity.groups", ("y", "x9"), "'x9' matches no quantized site"),
         ("analysis.sensitivity.groups", (), "no groups"),
@@ -504,6 +504,7 @@ def analysis_config(tiny_config, tmp_path, monkeypatch):
         ("analysis.outliers.batches", 0, "at least one"),
         ("analysis.outliers.sites", ("s",), "leave it out"),
         ("analysis.outliers.sites", ("hh",), "'hh'"),
+        ("analysis.weights.bins", 1, "at least 2"),
         ("analysis.memory.tokens", 1000, "1 to 32 tokens"),
         ("calibration.permutation", "published", "calibration.permutation"),
         ("quant.weight_bits", 32, "full precision"),

@@ -9,6 +9,18 @@ Papers count the weights in two ways, and neither counts scales (Bondarenko et a
     biases at 32   every quantized weight at its bits, what is never quantized (biases, shifts of norms) at 32
 
 `stored` is what the packed artifact holds: whole bytes for each tensor, with scales, zero points and permutation indices.
+
+What a model takes while it runs has no single number either; `run_time_table` puts these side by side:
+
+    activations         every site once, at its bits, as if all of them were kept at the same time
+    published counter   of the AG_NEWS study: some of the sites
+    temporary, output   what XLA reserves for the compiled program, beside its arguments (the parameters)
+
+A program reuses a buffer when its tensor is no longer needed, and by fusion many tensors never get one: a forward pass
+takes less than the sum of its sites. A backward pass keeps what its gradients need, and returns a gradient for each
+parameter. Fake quantization computes in float32: grids save nothing at run time here, and the weights on their grids are
+buffers of the program, in which full precision has its arguments alone. What integer kernels would take is the sum at its
+bits. The figures of XLA depend on backend and version.
 """
 
 from __future__ import annotations
@@ -16,17 +28,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from flax import traverse_util
 
+from qtx.methods.calibrate import put
 from qtx.nn.bert import BertConfig
-from qtx.nn.sites import SiteInfo
+from qtx.nn.sites import SiteInfo, list_sites
 from qtx.quant import rows
 from qtx.quant.pack import packed_size, trits_size
 from qtx.quant.policy import Kind, Policy
 from qtx.quant.spec import Spec
+from qtx.train.logging import progress
 from qtx.train.report import Table
 
 
@@ -121,12 +138,142 @@ def activation_memory(policy: Policy | None, sites: Mapping[str, SiteInfo]) -> t
       policy: decides about the bits.
       sites: from `list_sites`, called with the batch size and length that are wanted; shapes come from there.
     """
-    items = []
-    for name, info in sites.items():
-        if info.kind == "activation":
-            spec, count = _spec(policy, "activation", name, info), math.prod(info.shape)
-            items.append(Item(name, count, _bits(spec), _bits(spec), _payload(spec, count)))
-    return tuple(items)
+    return tuple(_value(policy, name, info) for name, info in sites.items() if info.kind == "activation")
+
+
+def input_memory(policy: Policy | None, sites: Mapping[str, SiteInfo]) -> tuple[Item, ...]:
+    """Returns an item for every input of a linear layer that a policy quantizes, as `activation_memory` does.
+
+    What several layers read, such as query, key and value, is counted for each of them; and most inputs are activations
+    of another name. So they are not to be added to those.
+
+    Args:
+      policy: decides which inputs, and about the bits.
+      sites: as for `activation_memory`.
+    """
+    inputs = {name: info for name, info in sites.items() if info.kind == "input"}
+    return tuple(_value(policy, name, info) for name, info in inputs.items() if _spec(policy, "input", name, info))
+
+
+def _value(policy: Policy | None, name: str, info: SiteInfo) -> Item:
+    spec, count = _spec(policy, info.kind, name, info), math.prod(info.shape)
+    return Item(name, count, _bits(spec), _bits(spec), _payload(spec, count))
+
+
+def program_memory(program: Callable[..., Any], *args: Any) -> dict[str, int]:
+    """Compiles a function and returns the bytes of its `temporary` buffers and of its `output`, by XLA's own account.
+
+    Args:
+      program: a pure function of arrays.
+      *args: arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      An empty dict where the backend has no such account.
+    """
+    compiled = jax.jit(program).lower(*args).compile()
+    try:
+        found = compiled.memory_analysis()
+    except (NotImplementedError, jax.errors.JaxRuntimeError):  # of backends that cannot tell
+        return {}
+    if found is None:
+        return {}
+    return {"temporary": int(found.temp_size_in_bytes), "output": int(found.output_size_in_bytes)}
+
+
+def abstract_ranges(model: nn.Module, params: Mapping[str, Any], *args: Any) -> dict[str, Any]:
+    """Returns the `ranges` collection that calibration would give, as `jax.ShapeDtypeStruct`s; nothing is computed.
+
+    Args:
+      model: with a policy.
+      params: nested parameters, or their shapes.
+      *args: what the model is called with, or the shapes.
+    """
+    policy: Policy = model.policy  # type: ignore[attr-defined]
+    groups: dict[str, Any] = {}
+    for name, info in list_sites(model, {"params": params}, *args).items():
+        spec = policy.spec(info.kind, name)
+        if spec is not None and spec.granularity.permute:
+            put(groups, name, jax.ShapeDtypeStruct(info.shape[-1:], jnp.int32))
+
+    def observe(variables: Mapping[str, Any], args: Any) -> dict[str, Any]:
+        return dict(model.apply(variables, *args, mutable=["ranges", "observers"])[1].get("ranges", {}))
+
+    return jax.eval_shape(observe, {"params": params, "groups": groups}, args)
+
+
+def model_memory(model: nn.Module, params: Mapping[str, Any], *args: Any) -> dict[str, dict[str, int]]:
+    """Returns what `program_memory` says of a model: of its `forward` pass, and of `forward and backward`.
+
+    The second is the value and the gradient, by every parameter, of the sum of the logits: what a training step does without
+    its optimizer, its loss and dropout. Weights are put on their grids within the program.
+
+    Args:
+      model: with or without a policy.
+      params: nested parameters, or their shapes.
+      *args: what the model is called with, or the shapes.
+    """
+    shapes = jax.eval_shape(lambda tree: tree, params)
+    quantized = getattr(model, "policy", None) is not None
+    ranges = abstract_ranges(model, shapes, *args) if quantized else {}
+
+    def forward(params: Any, ranges: Any, args: Any) -> jax.Array:
+        return model.apply({"params": params, "ranges": ranges}, *args).logits  # type: ignore[union-attr]
+
+    def total(*given: Any) -> jax.Array:
+        return jnp.sum(forward(*given))
+
+    programs: dict[str, Callable[..., Any]] = {"forward": forward, "forward and backward": jax.value_and_grad(total)}
+    found = {}
+    with progress(len(programs), f"compile{', quantized' * quantized}") as bar:
+        for number, (name, program) in enumerate(programs.items(), 1):
+            found[name] = program_memory(program, shapes, ranges, args)
+            bar.update(number)
+    return found
+
+
+def run_time_table(
+    config: BertConfig,
+    batch: int,
+    tokens: int,
+    activations: Iterable[Item],
+    inputs: Iterable[Item] = (),
+    programs: Mapping[str, Mapping[str, Mapping[str, int]]] | None = None,
+) -> Table:
+    """Returns the memory of a run by every count, in full precision and quantized, and says what each of them is.
+
+    Args:
+      config: sizes of the model.
+      batch: examples.
+      tokens: length of an example.
+      activations: from `activation_memory`, for the same batch and length.
+      inputs: from `input_memory`, likewise.
+      programs: from `model_memory`, under `full precision` and `quantized`.
+    """
+    activations, inputs = tuple(activations), tuple(inputs)
+
+    def sites(items: tuple[Item, ...]) -> list[float]:
+        found = totals(items)
+        return [found["float32"], found["stored"]]
+
+    rows: list[list[Any]] = [["activations", *sites(activations), "all sites, each at its bits"]]
+    if inputs:
+        rows.append(
+            ["inputs of linear layers", *sites(inputs), "those that are quantized, for each layer that reads them"]
+        )
+    elements = activation_elements(config, batch, tokens)
+    bits = {item.bits for item in activations + inputs} - {32} or {32}
+    counted = elements * bits.pop() / 8 if len(bits) == 1 else None
+    rows.append(["published counter", 4 * elements, counted, f"{elements:,d} values at the bits of quantized sites"])
+    notes = {"temporary": "buffers that XLA reserves beside the arguments", "output": "what the program returns"}
+    full, quantized = ((programs or {}).get(name, {}) for name in ("full precision", "quantized"))
+    for program in dict.fromkeys([*full, *quantized]):
+        for what, note in notes.items():
+            sizes = [found.get(program, {}).get(what) for found in (full, quantized)]
+            if sizes != [None, None]:
+                rows.append([f"{program}: {what}", *sizes, note])
+    columns = ["counted", "full precision, MiB", "quantized, MiB", "what it is"]
+    rows = [[name, *(size if size is None else size / 2**20 for size in sizes), note] for name, *sizes, note in rows]
+    return Table(columns, rows, dict.fromkeys(columns[1:3], ".3f"))
 
 
 def totals(items: Iterable[Item]) -> dict[str, float]:
@@ -152,9 +299,14 @@ def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
     """
     counts: dict[str, int] = {}
     for name, value in traverse_util.flatten_dict(params, sep="/").items():
-        part = re.sub(r"^encoder/(layer_\d+/)?", "", name).partition("/")[0]
+        part = part_of(name)
         counts[part] = counts.get(part, 0) + math.prod(value.shape)
     return counts
+
+
+def part_of(name: str) -> str:
+    """Returns the part of an encoder that a parameter belongs to, see `parameter_counts`."""
+    return re.sub(r"^encoder/(layer_\d+/)?", "", name).partition("/")[0]
 
 
 def activation_elements(config: BertConfig, batch: int, tokens: int, embeddings: bool = True) -> int:

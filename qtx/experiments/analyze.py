@@ -1,4 +1,5 @@
-"""Look into a trained model: which quantizers cost its score, where its outliers are, what its tensors weigh.
+"""Look into a trained model: which quantizers cost its score, where its outliers are, how its weights are
+distributed, what its tensors weigh.
 
 `config.analyses` names what is done, `config.analysis` says how. The run directory gets the tables as Markdown and CSV, the
 plots and a `report.md` with all of them. A sensitivity that was interrupted goes on after its last variant.
@@ -16,13 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from qtx.analysis import memory, outliers, sensitivity
+from qtx.analysis import memory, outliers, sensitivity, weights
 from qtx.errors import UserError, near_misses
 from qtx.experiments.run import calibration_options, policy_to_apply
 from qtx.experiments.setup import VALIDATION, Experiment, setup
 from qtx.files import write_text
 from qtx.quant.policy import Policy
 from qtx.train.report import Table, check_config, save_config
+
+_WHY_THEY_DIFFER = (
+    "The sites are counted as if all were kept; a compiled program reuses buffers and fuses operations, so that many tensors "
+    "never exist. Fake quantization computes in float32 and puts the weights on their grids within the program, so its buffers "
+    "are more, not less: on hardware with integer kernels it is the sum of the sites that shrinks."
+)
 
 Part = Callable[[Path], list["str | Table"]]  # writes its files and returns what the report says
 
@@ -147,6 +154,21 @@ def _outliers(experiment: Experiment, policy: Policy) -> Part:
     return run
 
 
+def _weights(experiment: Experiment, policy: Policy) -> Part:
+    bins = experiment.config.analysis.weights.bins
+    weights.check(bins)
+
+    def run(workdir: Path) -> list[str | Table]:
+        found = weights.collect(experiment.pretrained.params, experiment.sites(), policy)
+        table = weights.parts_table(found)
+        table.save(workdir, "weights")
+        weights.tensors_table(found).save(workdir, "weights_tensors")
+        weights.plot(found, workdir / "weights.png", bins)
+        return [table, "By kernel and table: weights_tensors.md.", "![weights](weights.png)"]
+
+    return run
+
+
 def _memory(experiment: Experiment, policy: Policy) -> Part:
     c = experiment.config.analysis.memory
     if c.batch_size < 1 or not 1 <= c.tokens <= experiment.pretrained.config.max_positions:
@@ -158,18 +180,24 @@ def _memory(experiment: Experiment, policy: Policy) -> Part:
     def run(workdir: Path) -> list[str | Table]:
         shape = jax.ShapeDtypeStruct((c.batch_size, c.tokens), jnp.int32)
         sites = experiment.sites(shape, shape, shape)
-        weights = memory.weight_memory(policy, sites, experiment.pretrained.params)
+        parameters = memory.weight_memory(policy, sites, experiment.pretrained.params)
         ranges = memory.range_memory(policy, sites)
-        activations = memory.activation_memory(policy, sites)
-        for name, items in (("memory_weights", weights + ranges), ("memory_activations", activations)):
+        activations, inputs = memory.activation_memory(policy, sites), memory.input_memory(policy, sites)
+        for name, items in (("memory_weights", parameters + ranges), ("memory_activations", activations + inputs)):
             memory.sites_table(items).save(workdir, name)
-        found = memory.totals(activations)
-        blocks: list[str | Table] = [memory.totals_table(weights + ranges)]
+        blocks: list[str | Table] = [memory.totals_table(parameters + ranges)]
         blocks[0].save(workdir, "memory")  # type: ignore[union-attr]
-        blocks.append(
-            f"Activations of {c.batch_size} x {c.tokens} tokens, all sites together: {found['stored'] / 2**20:.2f} MiB, "
-            f"in float32 {found['float32'] / 2**20:.2f} MiB."
-        )
+        programs = {}
+        if c.compiled:
+            models = {"full precision": experiment.model, "quantized": experiment.model.clone(policy=policy)}
+            programs = {
+                name: memory.model_memory(model, experiment.pretrained.params, shape, shape, shape)
+                for name, model in models.items()
+            }
+        sizes = experiment.pretrained.config
+        running = memory.run_time_table(sizes, c.batch_size, c.tokens, activations, inputs, programs)
+        running.save(workdir, "memory_run")
+        blocks += [f"While it runs, {c.batch_size} x {c.tokens} tokens:", running, _WHY_THEY_DIFFER]
         rows = [[bits, *memory.share(activations, bits)] for bits in sorted({item.bits for item in activations})]
         columns = ["bits of activations", "of values", "of tensors"]
         blocks.append(Table(columns, rows, {"of values": ".1%", "of tensors": ".1%"}))
@@ -183,5 +211,6 @@ def _memory(experiment: Experiment, policy: Policy) -> Part:
 ANALYSES: dict[str, Callable[[Experiment, Policy], Part]] = {
     "sensitivity": _sensitivity,
     "outliers": _outliers,
+    "weights": _weights,
     "memory": _memory,
 }

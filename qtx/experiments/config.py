@@ -243,9 +243,13 @@ def analysis() -> ConfigDict:
                 "k": 6.0,  # standard deviations
                 "batches": 8,  # of calibration.batch_size training examples
             },
+            "weights": {
+                "bins": 100,  # of each histogram
+            },
             "memory": {
                 "batch_size": 1,  # of the activations
                 "tokens": 128,
+                "compiled": True,  # compile the model, four programs, and ask XLA
             },
         }
     )

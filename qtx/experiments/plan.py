@@ -26,9 +26,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from qtx.analysis.memory import totals, weight_memory
 from qtx.errors import UserError, near_misses
 from qtx.experiments.compare import compare
-from qtx.experiments.config import changed
+from qtx.experiments.config import changed, policy_from
 from qtx.experiments.run import evaluate, quantize, train_and_evaluate
 
 Outcome = dict[str, dict[str, float]]
@@ -36,7 +37,12 @@ Outcome = dict[str, dict[str, float]]
 
 
 def _train(config: ConfigDict, workdir: Path) -> Outcome:
-    return {"": train_and_evaluate(config, workdir)["metrics"][config.recipe[-1]]}
+    result = train_and_evaluate(config, workdir)
+    experiment = result["experiment"]
+    last = config.phases[config.recipe[-1]]
+    policy = policy_from(config.quant, experiment.pretrained.config.num_layers) if last.quantized else None
+    weights = weight_memory(policy, experiment.sites(), result["params"])
+    return {"": result["metrics"][config.recipe[-1]] | {"weight_bytes": totals(weights)["stored"]}}
 
 
 def _quantize(config: ConfigDict, workdir: Path) -> Outcome:
@@ -104,6 +110,7 @@ class Trial:
       name: unique; what `only` patterns match.
       group: directory of its runs, relative to that of the sweep.
       labels: of its point, by axis.
+      point: its point, as the paths of its runs have it; empty without axes.
       row: what it does.
       seeds: one run each.
       config: of its runs, but for the seed, the model that it starts from, and what a sampler draws.
@@ -115,6 +122,7 @@ class Trial:
     name: str
     group: str
     labels: Mapping[str, str]
+    point: str
     row: Row
     seeds: tuple[int, ...]
     config: ConfigDict
@@ -183,7 +191,7 @@ def plan(config: ConfigDict) -> list[Trial]:
             for row in fixed:
                 group, start = _group(point, row.name), row.start and _group(point, row.start)
                 name = "/".join(filter(None, (group, f"seed_{seed}")))
-                trials.append(Trial(name, group, _labels(point), row, (seed,), made[row.name], start))
+                trials.append(Trial(name, group, _labels(point), _path(point), row, (seed,), made[row.name], start))
         for row in searched:
             search, start = _group(point, row.name), row.start and _group(point, row.start)
             for sample in range(section.samples):
@@ -193,6 +201,7 @@ def plan(config: ConfigDict) -> list[Trial]:
                         name,
                         name,
                         _labels(point),
+                        _path(point),
                         row,
                         tuple(section.seeds),
                         made[row.name],

@@ -4,9 +4,9 @@
     sweep(config, "runs/sweep", storage="postgresql://...")    # the same on every machine that shares the work
 
 What there is to do is in `qtx.experiments.plan`, who does it in `qtx.experiments.study`, the tables in
-`qtx.experiments.sweep_report`. A trial that fails is recorded with its line and the others go on. A call that is
-interrupted, or whose process dies, is repeated: what is done stays done, and the trial that was running goes on from its last
-checkpoint.
+`qtx.experiments.sweep_report`, the plots in `qtx.experiments.sweep_plots`. A trial that fails is recorded with its line
+and the others go on. A call that is interrupted, or whose process dies, is repeated: what is done stays done, and the
+trial that was running goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
 from qtx.experiments.run import check_quantization
 from qtx.experiments.setup import family_and_sizes
 from qtx.experiments.study import Attempt, Claim, Ledger, TakenOver, without_password
+from qtx.experiments.sweep_plots import plot_sweep
 from qtx.experiments.sweep_report import Report, make_report
 from qtx.files import write_text
 from qtx.train.logging import progress
@@ -67,7 +68,8 @@ def sweep(
       command: how a user repeats this call, for the report.
 
     Returns:
-      The report, which is printed and written to `table.md`, `table.csv`, `cells.md`, `cells.csv` after every trial.
+      The report, which is printed and written to `table.md`, `table.csv`, `cells.md`, `cells.csv` after every trial. In the
+      end there are plots beside it, see `qtx.experiments.sweep_plots`.
 
     Raises:
       UserError: on anything that does not fit, before the first trial; and in the end, if trials have failed.
@@ -95,9 +97,14 @@ def sweep(
         found.save(workdir)
         return found
 
+    def finish(found: Report) -> None:
+        found.print_cells()
+        for line in plot_sweep(everything, ledger.attempts(everything), found.found, section.metric, workdir):
+            console.print(line, highlight=False)
+
     if report_only:
         found = report()
-        found.print_cells()
+        finish(found)
         return found
     check_models(chosen)
     save_config(config, workdir)
@@ -131,7 +138,7 @@ def sweep(
                 console.print(f"waiting for {told}, which run elsewhere", highlight=False)
             time.sleep(_POLL)
     found = make_report(section, everything, ledger.attempts(everything), command) if ran else report()
-    found.print_cells()
+    finish(found)
     failed = [name for name, attempt in ledger.attempts(chosen).items() if attempt.state == "failed"]
     if failed:
         line = ledger.attempts(chosen)[failed[0]].error

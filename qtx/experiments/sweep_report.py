@@ -30,6 +30,7 @@ class Cell:
       planned: how many seeds there shall be.
       published: what a paper reports.
       mebibytes: of the weights; None if the entry does not say.
+      point: on the grid, as in the paths of its runs.
     """
 
     labels: Mapping[str, str]
@@ -38,6 +39,7 @@ class Cell:
     planned: int
     published: float | None = None
     mebibytes: float | None = None
+    point: str = ""
 
     @property
     def median(self) -> float | None:
@@ -60,6 +62,7 @@ class Report:
     Attributes:
       table: rows against the values of one axis; medians, smallest and largest score, number of seeds.
       cells: one line for each cell of it, with every seed's score and published numbers.
+      found: the cells themselves.
       search: one line for each sample, best first; None without a search.
       missing: for each cell that is not complete: which and why, and the flags of the command that fills it.
       command: that fills all of them, without such flags.
@@ -67,6 +70,7 @@ class Report:
 
     table: Table
     cells: Table
+    found: tuple[Cell, ...]
     search: Table | None
     missing: tuple[tuple[str, str], ...]
     command: str
@@ -117,7 +121,7 @@ def make_report(section: ConfigDict, trials: Sequence[Trial], attempts: Mapping[
     cells = _cells(fixed, attempts, section)
     search = _search(searched, attempts, section) if searched else None
     missing = tuple(_missing(trials, attempts))
-    return Report(_table(cells, section), _list(cells, section), search, missing, command)
+    return Report(_table(cells, section), _list(cells, section), tuple(cells), search, missing, command)
 
 
 def _methods(trials: Iterable[Trial], attempts: Mapping[str, Attempt]) -> list[str]:
@@ -143,7 +147,7 @@ def _cells(trials: Sequence[Trial], attempts: Mapping[str, Attempt], section: Co
             scores = {seed: values[section.metric] for seed, values in found.items() if section.metric in values}
             name = ": ".join(filter(None, (first.row.name, method)))
             size = statistics.median(sizes) if sizes else None
-            cells.append(Cell(first.labels, name, scores, len(members), published, size))
+            cells.append(Cell(first.labels, name, scores, len(members), published, size, first.point))
     return cells
 
 

@@ -277,7 +277,26 @@ def training_curves(lines: Iterable[Mapping[str, Any]], phases: Sequence[str], b
                 found.setdefault((phase, line["step"]), {}).update(values)
     names = [_LOSS, *dict.fromkeys(name for values in found.values() for name in values if name != _LOSS)]
     rows = [[phase, step, step / batches_per_epoch, *map(values.get, names)] for (phase, step), values in found.items()]
-    return Table(["phase", "step", "epoch", *names], rows)
+    return Table([*_OF_CURVES[:-1], *names], rows)
+
+
+def load_curves(path: str | os.PathLike[str]) -> Table:
+    """Reads what `training_curves(...).csv()` wrote.
+
+    Raises:
+      UserError: there is no such file, or it holds something else.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            columns, *lines = csv.reader(file)
+        if columns[: len(_OF_CURVES)] != _OF_CURVES:
+            raise ValueError(f"its columns are {', '.join(columns) or 'none'}")
+        rows = [[phase, int(step), *(float(x) if x else None for x in values)] for phase, step, *values in lines]
+        return Table(columns, rows)
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}: the run is not done, or lies elsewhere") from None
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} holds no curves ({error}): train again in another workdir") from None
 
 
 def plot_curves(curves: Table, path: str | os.PathLike[str]) -> None:
@@ -297,18 +316,14 @@ def plot_curves(curves: Table, path: str | os.PathLike[str]) -> None:
     for (axes,), names in zip(grid, [[_LOSS], metrics], strict=False):
         axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
         axes.set_ylabel("evaluation" if names is metrics else "training loss", color=INK)
-        start = 0.0
-        for number, phase in enumerate(phases):
+        for number, (phase, start) in enumerate(zip(phases, _starts(curves), strict=False)):
             color = _PHASES[number % len(_PHASES)]
+            of_phase = Table(curves.columns, [row for row in curves.rows if row[0] == phase])
             for style, name in zip(itertools.cycle(_STYLES), names, strict=False):
-                column = list(curves.columns).index(name)
-                points = [(row[2], row[column]) for row in curves.rows if row[0] == phase and row[column] is not None]
-                size = 2 if name == _LOSS else 4
-                axes.plot([x for x, _ in points], [y for _, y in points], style, color=color, markersize=size)
+                axes.plot(*_points(of_phase, name), style, color=color, markersize=2 if name == _LOSS else 4)
             if number:
                 axes.axvline(start, color=GREY, linewidth=0.8)
             axes.annotate(phase, (start, 1), (3, 2), axes.get_xaxis_transform(), "offset points", color=color)
-            start = max(row[2] for row in curves.rows if row[0] == phase)
         if names is metrics:
             for style, name in zip(itertools.cycle(_STYLES), names, strict=False):
                 axes.plot([], [], style, color=INK, markersize=4, label=name)
@@ -318,8 +333,74 @@ def plot_curves(curves: Table, path: str | os.PathLike[str]) -> None:
     save_figure(figure, path)
 
 
+def plot_runs(runs: Mapping[str, Table], path: str | os.PathLike[str]) -> None:
+    """Draws the curves of several runs over the epochs: training loss to the left, evaluations to the right.
+
+    Every run has a colour. The score has a solid line and the test metric (the first one, if the task has several) a
+    dashed one, with dots; a vertical line in a run's colour stands where a later phase of it begins. A loss that spans
+    more than two powers of ten has a logarithmic axis. Without evaluations there is no right side.
+
+    Args:
+      runs: what `training_curves` returns, by the name of the run.
+      path: of the PNG, which is written atomically; its directories are made.
+
+    Raises:
+      UserError: nothing was measured in any run.
+    """
+    if not any(curves.rows for curves in runs.values()):
+        raise UserError("no curves to plot: give at least one run in which something was measured")
+    tests = {label: [name for name in curves.columns if name.startswith("test_")][:1] for label, curves in runs.items()}
+    evaluated = any({"score", *tests[label]} & set(curves.columns) for label, curves in runs.items())
+    figure, ((left, *right),) = new_figure(12 if evaluated else 7, 4.5, columns=2 if evaluated else 1)
+    losses: list[float] = []
+    for number, (label, curves) in enumerate(runs.items()):
+        line: dict[str, Any] = {"color": _RUNS[number % len(_RUNS)], "linewidth": 1.2}
+        x, y = _points(curves, _LOSS)
+        losses += y
+        left.plot(x, y, "-", label=label, **line)
+        for axes in right:
+            for style, name in (("o-", "score"), *(("o--", name) for name in tests[label])):
+                axes.plot(*_points(curves, name), style, markersize=4, **line)
+        starts = _starts(curves)[1:]
+        for axes in (left, *right):
+            for start in starts:
+                axes.axvline(start, linestyle=":", **line)
+    positive = [loss for loss in losses if loss > 0]
+    if len(positive) == len(losses) > 0 and max(positive) > 100 * min(positive):
+        left.set_yscale("log")
+    for axes, title in zip((left, *right), ("training loss", "evaluation"), strict=False):
+        axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("epochs", color=INK)
+        axes.set_ylabel(title, color=INK)
+    for axes in right:
+        named = list(dict.fromkeys(name for found in tests.values() for name in found))
+        for style, name in (("o-", "score on validation"), *(("o--", name.replace("_", " ")) for name in named)):
+            axes.plot([], [], style, color=INK, markersize=4, label=name)
+        axes.legend(frameon=False, fontsize=8, handlelength=3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def _points(curves: Table, name: str) -> tuple[list[float], list[float]]:
+    """Returns epochs and values of a column where it has one; nothing if there is no such column."""
+    if name not in curves.columns:
+        return [], []
+    column = list(curves.columns).index(name)
+    found = [(row[2], row[column]) for row in curves.rows if row[column] is not None]
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def _starts(curves: Table) -> list[float]:
+    """Returns the epoch at which each phase begins, in order."""
+    ends = {row[0]: row[2] for row in sorted(curves.rows, key=lambda row: row[2])}
+    return [0.0, *sorted(ends.values())[:-1]]
+
+
 _LOSS = "training_loss"
+_OF_CURVES = ["phase", "step", "epoch", _LOSS]
 _PHASES = (ACCENT, AMBER, "#15803d", "#7c3aed")
+_RUNS = (*_PHASES, "#be185d", "#0e7490", "#854d0e", "#4b5563", "#84cc16", "#f472b6")
 _STYLES = ("o-", "s--", "^:", "v-.")  # marker and line
 
 # Offset in points and alignment of a label, best first: along a horizontal line, and around a dot.

@@ -6,16 +6,23 @@ import pytest
 
 from qtx import quant
 from qtx.analysis.memory import (
+    abstract_ranges,
     activation_elements,
     activation_memory,
+    input_memory,
+    model_memory,
     parameter_counts,
+    program_memory,
     range_memory,
+    run_time_table,
     share,
     sites_table,
     totals,
     totals_table,
     weight_memory,
 )
+from qtx.methods.agnews_study import input_policy
+from qtx.methods.calibrate import calibrate
 from qtx.methods.efficient_quantization import policy_of
 from qtx.models import get_family
 from qtx.models.checkpoints import abstract_params
@@ -118,3 +125,84 @@ def test_activations_as_the_ag_news_study_counts_them():
     assert activation_elements(config, 32, 512, embeddings=False) == 192_954_496
     short = BertConfig(hidden_size=6, num_heads=2, num_layers=1, num_labels=3)
     assert activation_elements(short, 2, 5) == 2 * (90 + (50 + 90) + 30 + 6 + 3)
+
+
+def test_inputs_count_where_they_are_quantized():
+    assert input_memory(mixed(), SITES) == ()
+    found = {item.name: item for item in input_memory(input_policy(quant.asymmetric(8)), SITES)}
+    assert found["encoder/layer_3/ffn/down/input"].payload == 128 * 3072
+    assert {name.rpartition("/")[2] for name in found} == {"input"}
+    layers = {name for name in found if name.startswith("encoder/layer_0/")}
+    assert len(layers) == 6
+
+
+def rows_of(table):
+    return {row[0]: row[1:3] for row in table.rows}
+
+
+def test_run_time_by_every_count():
+    sites_, config = sites(batch=2, tokens=64), CONFIG
+    elements = activation_elements(config, 2, 64) / 2**20
+    plain = rows_of(run_time_table(config, 2, 64, activation_memory(None, sites_)))
+    assert plain["published counter"] == [4 * elements, 4 * elements] and len(plain) == 2
+    assert (
+        plain["activations"][0]
+        == plain["activations"][1]
+        == sum(4 * item.count for item in activation_memory(None, sites_)) / 2**20
+    )
+    rules = input_policy(quant.asymmetric(4))
+    programs = {
+        "full precision": {"forward": {"temporary": 2**20, "output": 2**21}},
+        "quantized": {"forward": {"temporary": 2**22}},
+    }
+    given = activation_memory(rules, sites_), input_memory(rules, sites_), programs
+    found = rows_of(run_time_table(config, 2, 64, *given))
+    assert found["published counter"] == [4 * elements, elements / 2]  # 4 bits each
+    assert found["inputs of linear layers"][0] == 8 * found["inputs of linear layers"][1] > 0
+    assert found["activations"] == plain["activations"]
+    assert found["forward: temporary"] == [1, 4] and found["forward: output"] == [2, None]
+    several = rows_of(run_time_table(config, 2, 64, activation_memory(mixed(), sites_)))
+    assert several["published counter"][1] is None, "8 and 16 bits are no one number of bits"
+
+
+TINY = BertConfig(
+    vocab_size=11, hidden_size=12, num_layers=1, num_heads=2, intermediate_size=16, max_positions=8, num_labels=3
+)
+
+
+def test_shapes_of_ranges_are_those_of_calibration():
+    model = BERT.module(config=TINY)
+    ids = jnp.ones((2, 8), jnp.int32)
+    params = model.init(jax.random.key(0), ids, ids, ids)["params"]
+    rules = policy_of(
+        quant.symmetric(8, quant.per_channel()), quant.asymmetric(8), {"y": "ngp3", "h": 16}, TINY.num_layers
+    )
+    quantized = model.clone(policy=rules)
+    found, shapes = calibrate(quantized, params, [(ids, ids, ids)]), abstract_ranges(quantized, params, ids, ids, ids)
+    assert jax.tree.structure(found) == jax.tree.structure(shapes)
+    assert [leaf.shape for leaf in jax.tree.leaves(found)] == [leaf.shape for leaf in jax.tree.leaves(shapes)]
+
+
+@pytest.mark.parametrize("rules", [None, policy(quant.symmetric(8), quant.asymmetric(8))])
+def test_what_the_compiler_says(rules):
+    params, ids = abstract_params(BERT, TINY), jax.ShapeDtypeStruct((4, 8), jnp.int32)
+    found = model_memory(BERT.module(config=TINY, policy=rules), params, ids, ids, ids)
+    assert list(found) == ["forward", "forward and backward"]
+    one, both = found.values()
+    assert one["output"] == 4 * 4 * TINY.num_labels
+    gradients = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert gradients < both["output"] < gradients + 4096  # alignment, and a table of pointers
+    assert 0 < one["temporary"] < both["temporary"]
+
+
+@pytest.mark.parametrize("error", [None, NotImplementedError, jax.errors.JaxRuntimeError("UNIMPLEMENTED")])
+def test_a_backend_that_cannot_tell(monkeypatch, error):
+    def analysis(self):
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", analysis)
+    silent = program_memory(lambda x: x + 1, jnp.ones(3))
+    assert silent == {}
+    programs = {"full precision": {"forward": silent}, "quantized": {"forward": silent}}
+    assert len(run_time_table(TINY, 1, 8, activation_memory(None, SITES), (), programs).rows) == 2

@@ -36,9 +36,10 @@ def config(tiny_checkpoint, tiny_data):
 
 def test_smoke_leaves_a_report_and_resumes(config, tmp_path, monkeypatch):
     config.analysis.outliers.k = 3.0
+    config.analysis.memory.compiled = False  # four programs that another test compiles
     text = analyze(config, tmp_path)
     assert (tmp_path / "report.md").read_text() == text
-    for picture in ("sensitivity.png", "ranges.png", "outliers.png"):
+    for picture in ("sensitivity.png", "ranges.png", "outliers.png", "weights.png"):
         assert f"({picture})" in text and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert all(f"## {name.capitalize()}" in text for name in ANALYSES)
 
@@ -52,6 +53,10 @@ def test_smoke_leaves_a_report_and_resumes(config, tmp_path, monkeypatch):
     assert scores["full precision"]["error"] < 1e-5
     with open(tmp_path / "outlier_sites.csv", newline="") as file:
         assert [row["site"] for row in csv.DictReader(file)] == ["h0", "y0", "h1", "y1"]
+    with open(tmp_path / "weights.csv", newline="") as file:
+        assert {"attention", "attention, quantized", "ffn", "embeddings"} < {
+            row["part"] for row in csv.DictReader(file)
+        }
     with open(tmp_path / "memory.csv", newline="") as file:
         factors = {row["counted"]: float(row["smaller by"]) for row in csv.DictReader(file)}
     assert factors["plain"] == 4 > factors["biases at 32"] > factors["stored"] > 2
@@ -73,6 +78,13 @@ def test_one_analysis_alone(config, tmp_path):
     config.analyses = ("memory",)
     text = analyze(config, tmp_path)
     assert "Sensitivity" not in text and "stored" in text and not (tmp_path / "sensitivity.jsonl").exists()
+    with open(tmp_path / "memory_run.csv", newline="") as file:
+        found = {row["counted"]: row for row in csv.DictReader(file)}
+    assert float(found["activations"]["quantized, MiB"]) < float(found["activations"]["full precision, MiB"])
+    both = found["forward and backward: output"]
+    assert float(both["quantized, MiB"]) >= float(both["full precision, MiB"]) > 0
+    config.analysis.memory.compiled = False
+    assert "forward" not in analyze(config, tmp_path / "counted")
 
 
 @pytest.mark.parametrize("argument", ["w8a8", "paper"])

@@ -20,7 +20,7 @@ from qtx.experiments.config import base, changed, policy_from, sweeping
 from qtx.experiments.plan import ENTRIES, parse_axis, parse_range, parse_seeds
 from qtx.experiments.sweep import STORAGE_FILE, command_of, with_fields
 from qtx.train.logging import read_metrics
-from tests.experiments.test_launch import ROOT, get_config, on_tiny
+from tests.experiments.test_launch import ROOT, get_config, load_leaves, on_tiny
 
 ROWS = (
     {"name": "full", "published": {"rte": 0.6, "mean": 0.7}},
@@ -447,7 +447,7 @@ def test_published_tables_are_complete(table):
             assert len(scores) == 8 and sum(scores.values()) / 8 == pytest.approx(mean, abs=6e-5)
 
 
-def test_full_precision_ptq_and_qat_from_one_model_that_was_interrupted(tiny_config, tmp_path, monkeypatch):
+def test_full_precision_ptq_and_qat_from_one_model_that_was_interrupted(tiny_config, tmp_path, monkeypatch, capsys):
     config = tiny_config
     config.calibration.batches = 1
     rows = (
@@ -471,7 +471,18 @@ def test_full_precision_ptq_and_qat_from_one_model_that_was_interrupted(tiny_con
     assert quantized["full_precision"]["score"] == full["score"]
     assert json.loads((tmp_path / "QAT/seed_7/result_qat.json").read_text())["step"] == 4
     assert [path.parent.name for path in tmp_path.rglob("*.safetensors")] == ["model"]  # of FP32 alone
-    assert 0 < float(cells(tmp_path)[1]["MiB of weights"]) < 1
+    sizes = [float(row["MiB of weights"]) for row in cells(tmp_path)]
+    assert 0 < sizes[2] < sizes[1] < sizes[0] < 1  # 4, 8 and 32 bits
+    assert sizes[0] == 4 * sum(leaf.size for leaf in load_leaves(tmp_path / "FP32/seed_7/model")) / 2**20
+    for name in ("curves.png", "accuracy_size.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        (tmp_path / name).unlink()
+    (tmp_path / "QAT/seed_7/curves.csv").write_text("something else\n")
+    capsys.readouterr()
+    sweep.sweep(config, tmp_path, report_only=True)
+    assert (tmp_path / "curves.png").exists() and (tmp_path / "accuracy_size.png").exists()
+    said = [line for line in capsys.readouterr().err.splitlines() if "curves" in line]
+    assert said[0].startswith("no curves of QAT/seed_7: ") and not any("FP32" in line for line in said)
 
 
 def test_the_launcher(tiny_config, tmp_path):

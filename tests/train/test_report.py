@@ -170,3 +170,50 @@ def test_curves_are_drawn(tmp_path, monkeypatch):
     assert named == ["accuracy", "test_accuracy"], "a score that is the accuracy is not drawn again"
     report.plot_curves(report.training_curves(LINES[:1], ["a"], 4), tmp_path / "loss.png")
     assert len(drawn[1].axes) == 1
+
+
+def drawn_of(axes):
+    """What an axes shows, legend entries left out: (x, y, style of the line, colour) of each line."""
+    lines = [line for line in axes.lines if len(line.get_xdata())]
+    return [(list(x.get_xdata()), list(x.get_ydata()), x.get_linestyle(), x.get_color()) for x in lines]
+
+
+def test_runs_are_drawn_together(tmp_path, monkeypatch):
+    drawn, save = [], report.save_figure
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.append(figure) or save(figure, path))
+    latent = report.training_curves(LINES, ["a", "b"], batches_per_epoch=4)
+    plain = report.training_curves([{"step": 4, "a/loss": 100.0}], ["a"], 4)
+    report.plot_runs({"latent": latent, "plain": plain}, tmp_path / "curves.png")
+    assert image.imread(tmp_path / "curves.png").shape == (675, 1800, 4)
+    left, right = drawn[0].axes
+    loss, barrier, other = drawn_of(left)
+    assert loss[:3] == ([0.5, 1.0, 2.0], [0.5, 0.25, 0.125], "-") and other[:2] == ([1.0], [100.0])
+    assert barrier[0] == [1.0, 1.0] and barrier[3] == loss[3] != other[3]
+    assert left.get_yscale() == "log"  # 100 is more than a hundred times 0.125
+    score, test, barrier, *others = drawn_of(right)
+    assert score[:3] == ([1.0, 2.0], [0.5, 0.75], "-") and test[:3] == ([2.0], [0.625], "--")
+    assert barrier[0] == [1.0, 1.0] and not others, "a run that was not evaluated has no line there"
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["latent", "plain"]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["score on validation", "test accuracy"]
+    report.plot_runs({"plain": plain}, tmp_path / "loss.png")
+    assert len(drawn[1].axes) == 1 and drawn[1].axes[0].get_yscale() == "linear"
+    with pytest.raises(UserError, match="no curves"):
+        report.plot_runs({"nothing": report.training_curves([], ["a"], 4)}, tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
+
+
+def test_curves_are_read_back(tmp_path):
+    curves = report.training_curves([*LINES, {"step": 9, "b/loss": float("nan")}], ["a", "b"], batches_per_epoch=4)
+    path = tmp_path / "curves.csv"
+    path.write_text(curves.csv())
+    found = report.load_curves(path)
+    assert list(found.columns) == list(curves.columns) and found.csv() == curves.csv()
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "phase,step,epoch,training_loss\na,1,0.5\n", "\0"])
+def test_files_that_are_no_curves(tmp_path, text):
+    (tmp_path / "curves.csv").write_text(text)
+    with pytest.raises(UserError, match=r"curves\.csv holds no curves"):
+        report.load_curves(tmp_path / "curves.csv")
+    with pytest.raises(UserError, match="the run is not done"):
+        report.load_curves(tmp_path / "none.csv")

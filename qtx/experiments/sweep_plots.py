@@ -1,0 +1,71 @@
+"""The plots of a sweep: how its rows were trained, and what each size of a model is worth.
+
+A point of the grid has figures of its own, named by the point, `curves_rte.png`. A sweep with one row has one of each,
+which compares the points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qtx.errors import UserError
+from qtx.experiments.plan import Trial
+from qtx.experiments.study import Attempt
+from qtx.experiments.sweep_report import Cell
+from qtx.train.report import Table, load_curves, plot_accuracy_against_size, plot_runs
+
+
+def plot_sweep(
+    trials: Sequence[Trial], attempts: Mapping[str, Attempt], cells: Sequence[Cell], metric: str, workdir: Path
+) -> list[str]:
+    """Writes `curves.png` and `accuracy_size.png`, or one of each for every point, where there is something to plot.
+
+    Curves are those of the first seed of each row that is done; samples of a search have none. Sizes need at least two
+    models that know theirs.
+
+    Args:
+      trials: of the sweep.
+      attempts: of each trial, by name.
+      cells: of its tables.
+      metric: name of their scores.
+      workdir: of the sweep.
+
+    Returns:
+      A line for each run that trained but has no curves to read.
+    """
+    left_out: list[str] = []
+    runs: dict[str, dict[str, Table]] = {}
+    one_row = len({trial.row.name for trial in trials}) == 1
+    seen: set[str] = set()
+    for trial in trials:
+        trained = trial.row.entry in ("train", "compare") and attempts[trial.name].state == "done"
+        if not trained or trial.search or trial.group in seen:
+            continue
+        seen.add(trial.group)
+        try:
+            curves = load_curves(workdir / trial.name / "curves.csv")
+        except UserError as error:
+            left_out.append(f"no curves of {trial.name}: {error}")
+            continue
+        if curves.rows:
+            figure, label = _place(one_row, trial.point, trial.row.name)
+            runs.setdefault(figure, {})[label or trial.name] = curves
+    sizes: dict[str, list[tuple[str, float, float]]] = {}
+    for cell in cells:
+        if cell.mebibytes and cell.median is not None:
+            figure, label = _place(one_row, cell.point, cell.row)
+            sizes.setdefault(figure, []).append((label, cell.mebibytes * 2**20, cell.median))
+    for figure, found in runs.items():
+        plot_runs(found, workdir / f"curves{figure}.png")
+    for figure, points in sizes.items():
+        if len(points) > 1:
+            plot_accuracy_against_size(points, workdir / f"accuracy_size{figure}.png", ylabel=metric)
+    return left_out
+
+
+def _place(one_row: bool, point: str, row: str) -> tuple[str, str]:
+    """Returns what the name of a figure has at its end, and the label in it."""
+    if one_row:
+        return "", ", ".join(filter(None, (point, row)))
+    return point and "_" + point.replace("/", ","), row
