@@ -126,6 +126,23 @@ EXPERIMENTS = {
         "binary_ALL_wo_final+latent": 88.6,
     },
 }
+# What the study found, as claims about our rows (`~`: within a point).
+ORDERINGS = {
+    "quantization": (("w8", "~", "full_precision"), ("w4", "~", "full_precision"), ("full_precision", ">", "fully8")),
+    "patterns": (
+        ("binary_ALL_wo_final", ">", "binary_ALL"),
+        ("binary_ALL_QK", ">", "binary_ALL_QV"),
+        ("binary_ALL_QK", ">", "binary_ALL_KV"),
+        ("ir_net_ALL_wo_final", ">", "binary_ALL_wo_final"),
+    ),
+    "latent": (
+        ("fully8+bert+latent", ">", "fully8+bert"),
+        ("fully8+bert", ">", "fully8"),
+        ("binary_ALL_wo_final+latent", ">", "binary_ALL_wo_final"),
+        ("binary_ALL_wo_final+latent", ">", "binary_ALL_wo_final+bert"),
+    ),
+}
+ORDERINGS["minilm"] = ORDERINGS["latent"]
 EXPERIMENTS["minilm"] = {name: None for name in EXPERIMENTS["latent"]}
 
 
@@ -157,6 +174,7 @@ def get_config(arg: str = "full_precision"):
             rows=rows,
             seeds=(1000, 1001, 1002),
             metric="test_accuracy",
+            orderings=ORDERINGS[arg],
         )
         return config
     if arg == "smoke":

@@ -171,6 +171,14 @@ def plan(config: ConfigDict) -> list[Trial]:
     for bounds in section.ranges:
         _check_range(base, bounds)
 
+    for claim in section.orderings:
+        if len(claim) != 3 or claim[1] not in (">", "~"):
+            raise UserError(f"sweep.orderings: {claim!r} is not (row, '>' or '~', row)")
+        for name in (claim[0], claim[2]):
+            if name not in {row.name for row in rows}:
+                raise UserError(
+                    f"sweep.orderings: there is no row {name!r}{near_misses(name, [row.name for row in rows])}"
+                )
     sources = {row.start for row in rows} - {""}
     labels = {choice.label for _, choices in axes for choice in choices}
     for row in rows:

@@ -16,6 +16,7 @@ from qtx.experiments.study import Attempt
 from qtx.files import write_text
 from qtx.train.report import Table
 
+_NEAR = 0.01  # of a score: what counts as the same
 _SHOWN = 12  # missing cells that are printed; the file has all
 
 
@@ -63,6 +64,7 @@ class Report:
       table: rows against the values of one axis; medians, smallest and largest score, number of seeds.
       cells: one line for each cell of it, with every seed's score and published numbers.
       found: the cells themselves.
+      orderings: one line for each claim of `sweep.orderings` at each point, and whether it holds; None without any.
       search: one line for each sample, best first; None without a search.
       missing: for each cell that is not complete: which and why, and the flags of the command that fills it.
       command: that fills all of them, without such flags.
@@ -71,6 +73,7 @@ class Report:
     table: Table
     cells: Table
     found: tuple[Cell, ...]
+    orderings: Table | None
     search: Table | None
     missing: tuple[tuple[str, str], ...]
     command: str
@@ -79,8 +82,9 @@ class Report:
         """Prints the tables and the first of the missing cells."""
         if self.table.rows:
             self.table.print()
-        if self.search is not None:
-            self.search.print()
+        for table in (self.orderings, self.search):
+            if table is not None:
+                table.print()
         if self.missing:
             print(f"missing, and run by: {self.command}")
         for what, flags in self.missing[:_SHOWN]:
@@ -98,6 +102,8 @@ class Report:
         self.table.save(workdir, "table")
         self.cells.save(workdir, "cells")
         text = f"{self.table.title}\n\n{self.table.markdown()}" if self.table.rows else ""
+        if self.orderings is not None:
+            text += f"\n{self.orderings.title}\n\n{self.orderings.markdown()}"
         if self.search is not None:
             self.search.save(workdir, "search")
             text += f"\n{self.search.title}\n\n{self.search.markdown()}"
@@ -121,7 +127,24 @@ def make_report(section: ConfigDict, trials: Sequence[Trial], attempts: Mapping[
     cells = _cells(fixed, attempts, section)
     search = _search(searched, attempts, section) if searched else None
     missing = tuple(_missing(trials, attempts))
-    return Report(_table(cells, section), _list(cells, section), tuple(cells), search, missing, command)
+    orderings = _orderings(cells, section) if section.orderings else None
+    return Report(_table(cells, section), _list(cells, section), tuple(cells), orderings, search, missing, command)
+
+
+def _orderings(cells: Sequence[Cell], section: ConfigDict) -> Table:
+    """Looks at every claim `(row, relation, row)`: the medians are more than nothing apart, or less than a point."""
+    medians = {(cell.point, cell.row): cell.median for cell in cells}
+    rows = []
+    for point in dict.fromkeys(cell.point for cell in cells):
+        for first, relation, second in section.orderings:
+            a, b = medians.get((point, first)), medians.get((point, second))
+            holds = ""
+            if a is not None and b is not None:
+                holds = "yes" if (a > b if relation == ">" else abs(a - b) <= _NEAR) else "no"
+            rows.append([point, f"{first} {relation} {second}", a, b, holds])
+    formats = {"first": ".4f", "second": ".4f"}
+    title = f"orderings of the medians (~: within {_NEAR} of each other)"
+    return Table(["point", "claim", "first", "second", "holds"], rows, formats, title)
 
 
 def _methods(trials: Iterable[Trial], attempts: Mapping[str, Attempt]) -> list[str]:

@@ -164,6 +164,13 @@ def test_report_only_runs_nothing(runs, tmp_path):
     assert [row[:4] for row in report.table.rows] == [["full", "", "", None], ["low", "", "", None]]
 
 
+def test_claims_about_rows_are_looked_at_where_both_are_known(runs, tmp_path):
+    claims = (("full", ">", "low"), ("low", ">", "full"), ("full", "~", "low"), ("low", "~", "low"))
+    report = sweep.sweep(tiny_sweep(orderings=claims), tmp_path, only=["rte/*"])
+    assert [row[-1] for row in report.orderings.rows] == ["yes", "no", "no", "yes", "", "", "", ""]
+    assert "| rte   | full > low |" in (tmp_path / "table.md").read_text()
+
+
 def test_another_configuration_under_the_same_name_is_refused(runs, tmp_path):
     sweep.sweep(tiny_sweep(seeds=(1,)), tmp_path)
     config = tiny_sweep(seeds=(1,))
