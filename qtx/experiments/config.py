@@ -119,6 +119,7 @@ def phase(quantized: bool = False, learning_rate: float = 5e-5) -> ConfigDict:
             "trainable": ("**",),  # patterns over parameter names
             "quantized": quantized,  # with the policy of `quant`
             "ranges": "learned",  # of a quantized phase: 'learned', 'fixed' or 'updated'
+            "weight_ranges": placeholder(str),  # of weights alone; None: as `ranges`
             "evaluate_every": 0.0,  # epochs between evaluations while training; 0: only after the phase
             "keep_best": False,  # end with the model of the best evaluation (its score on validation), not the last one
             "patience": 0,  # stop after so many evaluations without a better one; 0: never

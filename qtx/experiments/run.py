@@ -81,6 +81,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
                 optimizer,
                 section.ranges,
                 calibration_options(config),
+                section.weight_ranges,
                 **options,
             )
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 
@@ -22,17 +22,26 @@ from qtx.train.phase import Phase
 Ranges = Literal["learned", "fixed", "updated"]
 
 
-def training_policy(policy: Policy, ranges: Ranges, backward: Literal["exact", "compact"] = "compact") -> Policy:
+def training_policy(
+    policy: Policy,
+    ranges: Ranges,
+    weight_ranges: Ranges | None = None,
+    backward: Literal["exact", "compact"] = "compact",
+) -> Policy:
     """Returns the policy in the form that training needs.
 
     Args:
       policy: of the quantized model.
       ranges: `'learned'` trains every static range; `'fixed'` keeps what calibration found; `'updated'` re-estimates:
         weight ranges from the present weights at every step, activation ranges by their estimator.
+      weight_ranges: the same for weights alone; None: as `ranges`.
       backward: of learned ranges: what is kept for the gradients of the scales, see `qtx.quant.spec.Spec`.
     """
-    if ranges not in ("learned", "fixed", "updated"):
-        raise UserError(f"unknown rule {ranges!r} for ranges in training; choose from 'learned', 'fixed', 'updated'")
+    of_weights = ranges if weight_ranges is None else weight_ranges
+    for rule in (ranges, of_weights):
+        if rule not in get_args(Ranges):
+            choices = ", ".join(map(repr, get_args(Ranges)))
+            raise UserError(f"unknown rule {rule!r} for ranges in training; choose from {choices}")
 
     def learned(spec: Spec) -> Spec:
         return dataclasses.replace(spec, range="learned", backward=backward) if spec.range == "static" else spec
@@ -40,11 +49,9 @@ def training_policy(policy: Policy, ranges: Ranges, backward: Literal["exact", "
     def dynamic(spec: Spec) -> Spec:
         return dataclasses.replace(spec, range="dynamic")
 
-    if ranges == "learned":
-        return policy.map_specs(learned)
-    if ranges == "updated":
-        return dataclasses.replace(policy, weights=policy.map_specs(dynamic).weights)
-    return policy
+    found = policy.map_specs(learned) if ranges == "learned" else policy
+    changes = {"learned": learned, "updated": dynamic, "fixed": lambda spec: spec}
+    return dataclasses.replace(found, weights=policy.map_specs(changes[of_weights]).weights)
 
 
 def qat_phase(
@@ -55,6 +62,7 @@ def qat_phase(
     optimizer: OptimizerConfig,
     ranges: Ranges = "learned",
     calibration_options: dict[str, Any] | None = None,
+    weight_ranges: Ranges | None = None,
     **options: Any,
 ) -> Phase:
     """Returns a phase that calibrates the model and trains it quantized.
@@ -67,10 +75,11 @@ def qat_phase(
       optimizer: its settings.
       ranges: see `training_policy`.
       calibration_options: further arguments of `calibrate`.
+      weight_ranges: see `training_policy`.
       **options: further fields of `Phase`. Grids that depend on the progress of training see it by the epoch, as in IR-Net,
         unless `schedule` says otherwise.
     """
-    trained = training_policy(policy, ranges)
+    trained = training_policy(policy, ranges, weight_ranges)
     depends = any(rule.spec is not None and rule.spec.needs_progress for rule in trained.weights)
     options.setdefault("schedule", "epoch" if depends else "none")
     return Phase(

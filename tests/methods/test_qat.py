@@ -11,11 +11,18 @@ POLICY = policy(
 
 
 @pytest.mark.parametrize(
-    ("rule", "weight", "activation"),
-    [("learned", "learned", "learned"), ("fixed", "static", "static"), ("updated", "dynamic", "static")],
+    ("rule", "of_weights", "weight", "activation"),
+    [
+        ("learned", None, "learned", "learned"),
+        ("fixed", None, "static", "static"),
+        ("updated", None, "dynamic", "static"),
+        ("updated", "fixed", "static", "static"),
+        ("learned", "updated", "dynamic", "learned"),
+        ("fixed", "learned", "learned", "static"),
+    ],
 )
-def test_how_ranges_are_treated(rule, weight, activation):
-    found = training_policy(POLICY, rule)
+def test_how_ranges_are_treated(rule, of_weights, weight, activation):
+    found = training_policy(POLICY, rule, of_weights)
     assert found.spec("weight", "encoder/layer_0/ffn/up/kernel").range == weight
     assert found.spec("activation", "encoder/layer_0/ffn/up/output").range == activation
     # What is dynamic already stays so.
@@ -26,3 +33,5 @@ def test_how_ranges_are_treated(rule, weight, activation):
 def test_an_unknown_rule():
     with pytest.raises(UserError, match="'lerned'.*'learned'"):
         training_policy(POLICY, "lerned")
+    with pytest.raises(UserError, match="'fix'.*'fixed'"):
+        training_policy(POLICY, "learned", "fix")
