@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from transformers import PreTrainedTokenizerBase
 
 from qtx import data, models
 from qtx.analysis.amplify import amplify
@@ -26,6 +25,9 @@ from qtx.nn.sites import SiteInfo, list_sites
 from qtx.train import metrics
 from qtx.train.loop import inputs, predict
 from qtx.train.sharding import make_mesh
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 VALIDATION = ("validation", "validation_mismatched")
