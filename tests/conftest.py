@@ -31,10 +31,10 @@ WORDS = "the a film was good bad great awful very quite plot actor it is not and
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
-    """A random 2-layer BERT in the Hugging Face layout, with a word-level vocabulary."""
+    """A random BERT of one layer in the Hugging Face layout, with a word-level vocabulary."""
     from tests.models.hf import make_checkpoint
 
-    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "bert", WORDS, max_positions=32)
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "bert", WORDS, num_layers=1, max_positions=32)
 
 
 @pytest.fixture(scope="session")

@@ -288,7 +288,7 @@ def test_unsupported_families(tiny_config, checkpoint, tmp_path, kind):
     ("change", "named"),
     [
         ({"model_type": "albert", "inner_group_num": 2}, "inner_group_num 2 is not supported"),
-        ({"model_type": "albert", "num_hidden_groups": 0}, "give 1 to 2"),
+        ({"model_type": "albert", "num_hidden_groups": 0}, "give 1 to 1"),
         ({"model_type": "albert", "num_hidden_groups": 3}, "num_hidden_groups is 3"),
         (
             {"model_type": "distilbert", "activation": "gelou"},
@@ -320,9 +320,9 @@ def damage(checkpoint, change):
 
 
 def test_missing_tensor(tiny_config, checkpoint, tmp_path):
-    damage(checkpoint, lambda tensors: tensors.pop("bert.encoder.layer.1.output.dense.weight"))
+    damage(checkpoint, lambda tensors: tensors.pop("bert.encoder.layer.0.output.dense.weight"))
     tiny_config.model.name = str(checkpoint)
-    assert "encoder/layer_1/ffn/down" in train(tiny_config, tmp_path)
+    assert "encoder/layer_0/ffn/down" in train(tiny_config, tmp_path)
 
 
 def test_extra_tensor(tiny_config, checkpoint, tmp_path):

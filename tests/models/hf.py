@@ -44,13 +44,13 @@ def _numbered(tokens):
     return {token: number for number, token in enumerate(tokens)}
 
 
-def make_checkpoint(directory, family, words, **sizes):
+def make_checkpoint(directory, family, words, num_layers=2, **sizes):
     """Writes a tiny random model of a family (by name) with its own kind of tokenizer, and returns the directory."""
     from qtx import models
 
     family, tokenizer = models.get_family(family), make_tokenizer(family, words)
     kind = type(family.config_from_hf({}))
-    config = kind(len(tokenizer), 16, 2, 2, 32, initializer_range=0.2, pad_token_id=tokenizer.pad_token_id, **sizes)
+    config = kind(len(tokenizer), 16, num_layers, 2, 32, initializer_range=0.2, pad_token_id=tokenizer.pad_token_id, **sizes)
     params = family.module(config=config).init(jax.random.key(0), *models.example_inputs())["params"]
     models.save(directory, family, config, params, tokenizer)
     return directory
