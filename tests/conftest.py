@@ -1,6 +1,7 @@
 """Shared by all tests: CPU settings, and a tiny model with its tokenizer and data."""
 
 import csv
+import gc
 import os
 from pathlib import Path
 
@@ -29,12 +30,35 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 WORDS = "the a film was good bad great awful very quite plot actor it is not and house in city we have time".split()
 
 
+def eight_devices() -> dict[str, str]:
+    """Environment of a process with eight simulated devices.
+
+    Without the cache of compiled programs: on CPU, those that devices run together wait for each other for ever when they
+    come out of it (jaxlib 0.10.2).
+    """
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_piles_up():
+    """Programs and traces of one file are of no use to the next, and a heap of gigabytes slows everything down."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A random BERT of one layer in the Hugging Face layout, with a word-level vocabulary."""
     from tests.models.hf import make_checkpoint
 
-    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "bert", WORDS, num_layers=1, max_positions=32)
+    return make_checkpoint(
+        tmp_path_factory.mktemp("tiny") / "checkpoint", "bert", WORDS, num_layers=1, max_positions=32
+    )
 
 
 @pytest.fixture(scope="session")

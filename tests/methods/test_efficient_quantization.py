@@ -91,7 +91,7 @@ def test_rules_are_written_only_for_what_differs():
 
     assert patterns() == ["**"]
     assert patterns({"y1": 16}) == ["**", "encoder/layer_1/ffn/residual"]
-    assert patterns({"C": 16}, setup="FP_logits") == ["**", "classifier/output"]
+    assert patterns({"C": 16}, setup="FP_logits") == ["**", "classifier/output", "classifier/out/output"]
 
 
 def test_weights_or_activations_alone():

@@ -26,6 +26,7 @@ from qtx.train.loop import Saving, fit, predict
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
 from qtx.train.phase import Phase, Span, inputs, make_state, make_step, scheduled
 from qtx.train.sharding import make_mesh
+from tests.conftest import eight_devices
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES, BATCH = 24, 8
@@ -363,8 +364,7 @@ assert found[0][-1] == np.float32(1) / np.float32(6)
 
 
 def test_eight_devices_choose_the_best_model_that_one_chooses(tmp_path):
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    env = os.environ | eight_devices() | {"PYTHONPATH": str(ROOT)}
     arguments = [sys.executable, "-c", SHARDED, str(tmp_path)]
     done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

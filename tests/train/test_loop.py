@@ -22,6 +22,7 @@ from qtx.train.logging import read_metrics
 from qtx.train.loop import fit
 from qtx.train.optimizer import make_optimizer
 from qtx.train.phase import inputs, make_state, make_step
+from tests.conftest import eight_devices
 
 ROOT = Path(__file__).parents[2]
 
@@ -272,10 +273,7 @@ def test_eight_devices_give_the_loss_and_parameters_of_one(tiny_config, tmp_path
         "phases.finetune.steps": 3,
         "phases.qat.steps": 3,
     }
-    # Without the cache of compiled programs: on CPU, those that devices run together wait for each other for ever when they
-    # come out of it (jaxlib 0.10.2).
-    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | eight_devices()
     arguments = [sys.executable, "-c", SHARDED, json.dumps(changes), str(tmp_path)]
     done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
