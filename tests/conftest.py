@@ -1,7 +1,6 @@
 """Shared by all tests: CPU settings, and a tiny model with its tokenizer and data."""
 
 import csv
-import gc
 import os
 from pathlib import Path
 
@@ -41,14 +40,6 @@ def eight_devices() -> dict[str, str]:
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nothing_piles_up():
-    """Programs and traces of one file are of no use to the next, and a heap of gigabytes slows everything down."""
-    yield
-    jax.clear_caches()
-    gc.collect()
 
 
 @pytest.fixture(scope="session")
