@@ -19,7 +19,7 @@ from rich.console import Console
 
 from qtx import data
 from qtx.errors import UserError
-from qtx.experiments.config import adaround_from, changed, policy_from
+from qtx.experiments.config import changed, policy_from, rounding_from
 from qtx.experiments.run import check_quantization, post_training_quantization, save_quantized, train
 from qtx.experiments.setup import VALIDATION, Experiment, family_and_sizes, setup
 from qtx.files import write_text
@@ -97,7 +97,7 @@ def compare(config: ConfigDict, workdir: str | Path) -> list[Row]:
         policy = policy_from(section, num_layers)
         if policy is None:
             raise UserError(f"row {name!r} keeps everything in full precision; change its bits")
-        methods[name] = policy, adaround_from(config.adaround) if section.adaround else None
+        methods[name] = policy, rounding_from(section, config.adaround)
 
     clock = time.perf_counter()
     experiment = setup(config)

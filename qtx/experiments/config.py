@@ -381,9 +381,11 @@ def _pattern_policy(
     return dataclasses.replace(found, inputs=input_policy(inputs).inputs if inputs is not None else ())
 
 
-def adaround_from(section: ConfigDict) -> AdaRound:
-    """Reads the section `adaround`; raises a `UserError` on a value that does not exist."""
-    fields = section.to_dict()
+def rounding_from(quant: ConfigDict, adaround: ConfigDict) -> AdaRound | None:
+    """Reads the section `adaround` if `quant` asks for it, else None; raises a `UserError` on a value that does not exist."""
+    if not quant.adaround:
+        return None
+    fields = adaround.to_dict()
     fields.pop("examples")
     return AdaRound(**fields | {name: tuple(fields[name]) for name in ("layers", "annealing")})
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from qtx import models
 from qtx.errors import UserError
-from qtx.experiments.config import adaround_from, evaluation_from, optimizer_from, phases_of, policy_from
+from qtx.experiments.config import evaluation_from, optimizer_from, phases_of, policy_from, rounding_from
 from qtx.experiments.setup import VALIDATION, Experiment, setup
 from qtx.export.packed import packable, save_quantized
 from qtx.files import write_text
@@ -249,7 +249,7 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     workdir = Path(workdir)
     experiment = setup(config)
     policy = policy_to_apply(experiment)
-    rounding = adaround_from(config.adaround) if config.quant.adaround else None
+    rounding = rounding_from(config.quant, config.adaround)
     batches = experiment.calibration_batches()
     save_config(config, workdir)
     params = experiment.pretrained.params
@@ -305,7 +305,7 @@ def policy_to_apply(experiment: Experiment) -> Policy:
     policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
     if policy is None:
         raise UserError("`quant` keeps everything in full precision; set weight_bits or activation_bits below 32")
-    rounding = adaround_from(config.adaround) if config.quant.adaround else None
+    rounding = rounding_from(config.quant, config.adaround)
     check_quantization(policy, rounding, experiment.sites())
     return policy
 

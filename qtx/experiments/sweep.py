@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from qtx.errors import UserError
-from qtx.experiments.config import adaround_from, phases_of, policy_from, sweeping
+from qtx.experiments.config import phases_of, policy_from, rounding_from, sweeping
 from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
 from qtx.experiments.run import check_quantization
 from qtx.experiments.setup import family_and_sizes
@@ -171,7 +171,7 @@ def check_models(trials: Sequence[Trial]) -> None:
                 raise UserError(
                     "`quant` keeps everything in full precision; set weight_bits or activation_bits below 32"
                 )
-            rounding = adaround_from(config.adaround) if entry == "quantize" and config.quant.adaround else None
+            rounding = rounding_from(config.quant, config.adaround) if entry == "quantize" else None
             check_quantization(policy, rounding, family.sites(sizes))
         except UserError as error:
             raise UserError(f"{group}: {error}" if group else str(error)) from None

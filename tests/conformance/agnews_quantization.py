@@ -254,6 +254,12 @@ PUBLISHED = {
 }
 
 
+def check_gradients(config, grads, want, tolerance):
+    flat = traverse_util.flatten_dict(grads, sep="/")
+    for path, gradient in named(config, want, "grad:").items():
+        close(flat[path], gradient, tolerance["grad"], path)
+
+
 def classifier_binarized(case):
     p, given, want, tolerance = case.entry["params"], inputs(case), case.values("outputs"), case.entry["tolerance"]
     config = config_of(p)
@@ -271,9 +277,7 @@ def classifier_binarized(case):
     (value, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
     close(out.logits, want["logits"], tolerance)
     close(value, want["loss"], tolerance)
-    flat = traverse_util.flatten_dict(grads, sep="/")
-    for path, gradient in named(config, want, "grad:").items():
-        close(flat[path], gradient, tolerance["grad"], path)
+    check_gradients(config, grads, want, tolerance)
 
 
 def classifier_quantized(case):
@@ -295,9 +299,7 @@ def classifier_quantized(case):
     (value, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
     close(out.logits, want["logits_train_call_2"], tolerance)
     close(value, want["loss_train_call_2"], tolerance)
-    flat = traverse_util.flatten_dict(grads, sep="/")
-    for path, gradient in named(config, want, "grad:").items():
-        close(flat[path], gradient, tolerance["grad"], path)
+    check_gradients(config, grads, want, tolerance)
     evaluated = without_quantized_biases(params, model.policy)
     out = model.apply({"params": evaluated, "noise": noise("mask_eval")}, *args)
     close(out.logits, want["logits_eval"], tolerance)
@@ -338,9 +340,7 @@ def classifier_fully_quantized(case):
 
     value, grads = jax.value_and_grad(loss)(params)
     close(value, want["loss2"], tolerance)
-    flat = traverse_util.flatten_dict(grads, sep="/")
-    for path, gradient in named(config, want, "grad:").items():
-        close(flat[path], gradient, tolerance["grad"], path)
+    check_gradients(config, grads, want, tolerance)
     out = model.apply({"params": params, "ranges": state["ranges"]}, *arguments(given, "_eval"))
     close(out.logits, want["logits_eval"], tolerance)
 
