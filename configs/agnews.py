@@ -15,6 +15,9 @@ binarized, and IR-Net), `latent` (BERT's weights to begin with; a first epoch in
     METHOD+latent, METHOD+bert      the same with an epoch in full precision first, or begun from BERT; or both
     published_METHOD                w8, fully8, binary_PATTERN, ir_net_PATTERN as the original did it, defects included
 
+A method or an experiment with `+small` behind it has a quarter of the study's widths and trains for three epochs: minutes,
+not hours, on two CPU cores. `orderings` is the rows of all three experiments that its main claims are about.
+
 `latent` takes the BERT of the study's width (`--config.model.start=DIRECTORY` for a local copy). `minilm` is `latent` on a
 model as wide as MiniLM, begun from its first two layers. With `--config.model.name=all-MiniLM-L6-v2` any method but the
 published ones works on that encoder. `smoke` trains for seconds.
@@ -76,7 +79,7 @@ def methods() -> dict[str, dict]:
     return found
 
 
-def method(name: str, bert: str = BERT) -> dict:
+def method(name: str, bert: str = BERT, epochs: float = 10.0) -> dict:
     """Returns the fields of a method with its suffixes; raises a `UserError` on one that does not exist."""
     plain, *extras = name.split("+")
     known = methods()
@@ -85,7 +88,7 @@ def method(name: str, bert: str = BERT) -> dict:
     fields = dict(known[plain])
     for extra in extras:
         if extra == "latent" and "recipe" not in fields:
-            fields |= {"recipe": ("finetune", "qat"), "phases.finetune.epochs": 1.0, "phases.qat.epochs": 9.0}
+            fields |= {"recipe": ("finetune", "qat"), "phases.finetune.epochs": 1.0, "phases.qat.epochs": epochs - 1.0}
         elif extra == "bert":
             fields |= {"model.start": bert}
         else:
@@ -144,10 +147,22 @@ ORDERINGS = {
 }
 ORDERINGS["minilm"] = ORDERINGS["latent"]
 EXPERIMENTS["minilm"] = {name: None for name in EXPERIMENTS["latent"]}
+ORDERINGS["orderings"] = tuple(
+    claim for experiment in ("quantization", "patterns", "latent") for claim in ORDERINGS[experiment] if "bert" not in str(claim)
+)
+EXPERIMENTS["orderings"] = {
+    name: score
+    for experiment in ("quantization", "patterns", "latent")
+    for name, score in EXPERIMENTS[experiment].items()
+    if any(name in claim for claim in ORDERINGS["orderings"])
+}
+SMALL = {"hidden_size": 128, "num_heads": 4, "intermediate_size": 256, "classifier_size": 256}
 
 
 def get_config(arg: str = "full_precision"):
     """Returns the configuration of a method, or the sweep of an experiment."""
+    small = arg.endswith("+small")
+    arg, epochs = arg.removesuffix("+small"), 3.0 if small else 10.0
     config = base()
     config.task = "ag_news"
     config.recipe = ("qat",)
@@ -156,20 +171,22 @@ def get_config(arg: str = "full_precision"):
     config.calibration.update(batches=1, batch_size=32)
     config.evaluate_test = True
     for phase in (config.phases.finetune, config.phases.qat):
-        phase.update(batch_size=32, epochs=10.0, evaluate_every=1.0, keep_best=True)
+        phase.update(batch_size=32, epochs=epochs, evaluate_every=1.0, keep_best=True)
         phase.optimizer.update(learning_rate=1e-4, warmup=0.0, schedule="constant", weight_decay=0.0, max_grad_norm=0.0)
+    if small:
+        config.model.sizes = ConfigDict(SMALL)
     if arg in EXPERIMENTS:
         bert = BERT
         if arg == "minilm":
             bert = "all-MiniLM-L6-v2"
             config.model.sizes = ConfigDict({"hidden_size": 384, "num_heads": 12})
         rows = tuple(
-            dict(name=name, changes=method(name, bert), published={} if score is None else {"ag_news": score / 100})
+            dict(name=name, changes=method(name, bert, epochs), published={} if score is None else {"ag_news": score / 100})
             for name, score in EXPERIMENTS[arg].items()
         )
         config.save_models = False
         config.sweep = sweeping(
-            name=f"agnews_{arg}",
+            name=f"agnews_{arg}{'_small' if small else ''}",
             grid=(("task", {"ag_news": {"task": "ag_news"}}),),
             rows=rows,
             seeds=(1000, 1001, 1002),
@@ -183,4 +200,4 @@ def get_config(arg: str = "full_precision"):
         config.data.update(limit_train=64, limit_eval=64, buckets=1, max_length=32)
         config.phases.finetune.epochs = config.phases.qat.epochs = 1.0
         return config
-    return changed(config, method(arg), f"configs/agnews.py:{arg}")
+    return changed(config, method(arg, epochs=epochs), f"configs/agnews.py:{arg}")

@@ -6,6 +6,7 @@ Below this module there are dataclasses only.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
@@ -203,7 +204,7 @@ def changed(config: ConfigDict, changes: Mapping[str, Any], what: str) -> Config
     Raises:
       UserError: on a field that does not exist, or a value of the wrong type.
     """
-    found = config.copy_and_resolve_references()
+    found = copy.deepcopy(config)  # keeps the types of fields that have no value yet
     for name, value in changes.items():
         section = found
         *path, last = name.split(".")

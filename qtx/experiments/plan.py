@@ -16,6 +16,7 @@ Every run has a directory of its own: `POINT/ROW/seed_1000`, or `POINT/ROW/sampl
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import fnmatch
 import itertools
@@ -150,7 +151,7 @@ def plan(config: ConfigDict) -> list[Trial]:
       UserError: on a section that says nothing or something impossible, and on fields that do not exist.
     """
     section = config.sweep
-    base = config.copy_and_resolve_references()
+    base = copy.deepcopy(config)
     with base.unlocked():
         del base["sweep"]
     axes, rows = _axes(section), _rows(section)

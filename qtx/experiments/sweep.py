@@ -11,6 +11,7 @@ trial that was running goes on from its last checkpoint.
 
 from __future__ import annotations
 
+import copy
 import math
 import shlex
 import shutil
@@ -229,7 +230,7 @@ def one_line(error: BaseException) -> str:
 
 def with_fields(config: ConfigDict, **fields: Any) -> ConfigDict:
     """Returns a configuration with a section `sweep`, its own or a new one, in which some fields are set."""
-    found = config.copy_and_resolve_references()
+    found = copy.deepcopy(config)  # keeps the types of fields that have no value yet
     known = found.sweep.to_dict() if "sweep" in found else {"seeds": (found.seed,)}
     if "grid" in fields:
         known |= {"columns": ""}  # of an axis that is gone
