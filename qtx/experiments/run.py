@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 from qtx import models
 from qtx.errors import UserError
 from qtx.experiments.config import evaluation_from, optimizer_from, phases_of, policy_from, rounding_from
-from qtx.experiments.setup import VALIDATION, Experiment, setup
+from qtx.experiments.experiment import VALIDATION, Experiment
+from qtx.experiments.setup import setup
 from qtx.export.packed import packable, save_quantized
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound, adaround, layers_to_round
@@ -61,6 +62,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
             steps=section.steps,
             trainable=tuple(section.trainable),
             accumulate=section.accumulate,
+            objective=experiment.objective,
             evaluation=evaluation_from(name, section, evaluate),
         )
         optimizer = optimizer_from(section.optimizer)

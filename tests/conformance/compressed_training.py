@@ -66,7 +66,9 @@ def adam_steps(case):
         losses.append(measured["loss"])
     close(losses, want["losses"], tolerance["losses"] | {"atol": 0}, "losses")
     after = models.named(p, want, "after:")
-    reliable = models.named(p, {k.replace("reliable:", "after:"): v for k, v in want.items() if "reliable:" in k}, "after:")
+    reliable = models.named(
+        p, {k.replace("reliable:", "after:"): v for k, v in want.items() if "reliable:" in k}, "after:"
+    )
     assert after
     for name, value in after.items():
         trusted = reliable[name] > 0 if name in reliable else np.ones(value.shape, bool)
