@@ -9,8 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from qtx.data import Encoded, get_task
-from qtx.experiments.compare import tfidf_predictions
 from qtx.experiments.classification import Classification
+from qtx.experiments.compare import tfidf_predictions
 from qtx.experiments.experiment import VALIDATION, family_and_sizes
 from qtx.experiments.run import evaluate, make_recipe, quantize, train
 from qtx.experiments.setup import setup
