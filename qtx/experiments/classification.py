@@ -88,13 +88,14 @@ class Classification(Experiment):
         return [b for b in (found[i] for i in range(found.batches_per_epoch)) if b["weights"].all()][:count]
 
     def evaluate(
-        self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str] = LABELLED
+        self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str] = LABELLED, quick: bool = False
     ) -> dict[str, float]:
         """Returns the task's metrics, with `score`, their mean on the validation splits.
 
         Validation metrics have plain names, those of MNLI's second validation split are under `mismatched_...`, and the
         score is the mean of both. Test metrics are under `test_...` and not in the score.
         """
+        del quick
         return self.metrics(self.logits(model, variables, splits))
 
     def logits(
@@ -106,6 +107,8 @@ class Classification(Experiment):
         if self.config.quant.published_evaluation and policy is not None:
             draws = self.config.seed
             variables = {**variables, "params": without_quantized_biases(variables["params"], policy)}
+        elif self.config.quant.evaluation_rounding == "drawn":
+            model, variables = self.frozen(model, variables)
         for split in splits:
             if split in self.encoded:
                 batches = self.batches(split, self.config.data.eval_batch_size, shuffle=False, epochs=1)

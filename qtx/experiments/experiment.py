@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -18,6 +19,7 @@ from qtx import models
 from qtx.analysis.amplify import amplify
 from qtx.errors import UserError, near_misses
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
+from qtx.methods.calibrate import with_frozen_weights
 from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo, list_sites
 from qtx.train.phase import Objective, inputs, task_loss
@@ -57,6 +59,16 @@ class Experiment(abc.ABC):
         """What the model is applied to."""
         return {"params": self.pretrained.params, "ranges": self.ranges}
 
+    def frozen(self, model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+        """Returns a module and its variables with quantized weights on their grids, as `quant` wants them evaluated."""
+        policy = model.policy  # type: ignore[attr-defined]
+        if policy is None or not policy.weights:
+            return model, dict(variables)
+        drawn = self.config.quant.evaluation_rounding == "drawn"
+        key = jax.random.key(self.config.seed) if drawn else None
+        model, params = with_frozen_weights(model, self.sites(), variables["params"], variables["ranges"], key)
+        return model, {**variables, "params": params}
+
     @property
     def objective(self) -> Objective:
         """What training minimises."""
@@ -68,7 +80,7 @@ class Experiment(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(
-        self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str] = LABELLED
+        self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str] = LABELLED, quick: bool = False
     ) -> dict[str, float]:
         """Returns the task's metrics, with `score`, the one that models are chosen by, of the validation splits.
 
@@ -78,6 +90,7 @@ class Experiment(abc.ABC):
           model: module to evaluate.
           variables: what it is applied to.
           splits: which splits to evaluate on; those that the data set lacks are left out.
+          quick: while training: cheaper, where a task has such a way.
         """
 
     @abc.abstractmethod
@@ -184,7 +197,7 @@ def load_model(
         return artifact.model.clone(dtype=dtype), artifact.ranges, pretrained
     fields = ("hidden_dropout", "attention_dropout", "classifier_dropout")
     rates = {field: config.model[field] for field in fields if config.model[field] is not None}
-    if config.model.fresh_head:
+    if config.model.fresh_head and num_labels is not None:
         rates["pooling"] = config.model.pooling
     if from_nothing(config.model):
         rates = config.model.sizes.to_dict() | sizes | rates

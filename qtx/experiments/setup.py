@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from qtx.experiments.classification import Classification
 from qtx.experiments.experiment import Experiment
+from qtx.experiments.translation import TASKS, Translation
 
 
 def setup(config: ConfigDict) -> Experiment:
@@ -14,4 +15,4 @@ def setup(config: ConfigDict) -> Experiment:
     Raises:
       UserError: on anything in the configuration, the data or the checkpoint that does not fit.
     """
-    return Classification.make(config)
+    return Translation.make(config) if config.task in TASKS else Classification.make(config)

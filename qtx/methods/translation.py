@@ -1,20 +1,28 @@
-"""Training a translator: the loss with smoothed labels.
+"""Training and using a translator: the loss with smoothed labels, and translating any number of sentences.
 
-Szegedy et al. 2016 (section 7) as Vaswani et al. 2017 use it: of every target word a share of the probability goes to all
-other words.
+Smoothed labels are those of Szegedy et al. 2016 (section 7) as Vaswani et al. 2017 use them: of every target word a share of
+the probability goes to all other words.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
+from qtx.data.batching import bucket_lengths, in_order, plan_epoch
+from qtx.data.pair_tokenizer import Rows
 from qtx.errors import UserError
+from qtx.nn.decoding import translate
 from qtx.train.phase import Batch, Forward
+from qtx.train.sharding import replicate, shard_batch, shard_tree
 
 Divisor = Literal["tokens", "rows"]
 
@@ -76,3 +84,89 @@ class TranslationLoss:
         words = jnp.sum(labels != self.pad, -1)
         divisor = jnp.sum(words) if self.divisor == "tokens" else jnp.sum(batch["weights"]) * jnp.max(words)
         return jnp.sum(losses), divisor.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How sentences are translated.
+
+    Attributes:
+      beam: hypotheses of each sentence; 1: greedy search.
+      length_penalty: exponent of the length factor, see `qtx.nn.decoding`.
+      limit: tokens of a translation.
+      batch_size: sentences that are decoded together.
+      buckets: source lengths that are compiled.
+
+    Raises:
+      UserError: on a value out of range.
+    """
+
+    beam: int = 5
+    length_penalty: float = 0.6
+    limit: int = 100
+    batch_size: int = 64
+    buckets: int = 4
+
+    def __post_init__(self):
+        for name in ("beam", "limit", "batch_size", "buckets"):
+            if getattr(self, name) < 1:
+                raise UserError(f"decoding: {name} must be at least 1, got {getattr(self, name)}")
+        if not self.length_penalty >= 0:
+            raise UserError(f"decoding: length_penalty must not be negative, got {self.length_penalty}")
+
+
+def translate_all(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    source: Rows,
+    decoding: Decoding,
+    mesh: Mesh,
+    rounding_seed: int | None = None,
+    told: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Translates sentences, those of like length together, and returns the results in the order of the sentences.
+
+    Args:
+      model: an encoder-decoder; with a policy for weights it quantizes them in every step, see
+        `qtx.methods.calibrate.with_frozen_weights`.
+      variables: what it is applied to.
+      source: N rows of source ids; a row may be empty.
+      decoding: how.
+      mesh: where to compute.
+      rounding_seed: of random rounding, drawn anew for every token; None: nothing is drawn.
+      told: called with the number of sentences that are done, after each batch.
+
+    Returns:
+      [N, limit + 1] int32: begin token, translation, end token, padding. Of an empty row the begin token alone.
+    """
+    if not len(source):
+        return np.zeros((0, decoding.limit + 1), np.int32)
+    pad = model.config.pad_token_id  # type: ignore[attr-defined]
+    longest = max(int(source.lengths.max()), 1)
+    lengths = bucket_lengths(source.lengths, -(-longest // 8) * 8, decoding.buckets)
+    plan, numbers = plan_epoch(np.searchsorted(lengths, source.lengths), decoding.batch_size, shuffle=False)
+    found, done = [], 0
+    with jax.set_mesh(mesh):
+        placed = {name: replicate(tree, mesh) for name, tree in variables.items() if name != "params"}
+        placed["params"] = shard_tree(variables["params"], mesh)
+        for count, (index, number) in enumerate(zip(plan, numbers, strict=True)):
+            ids = np.full((len(index), lengths[number]), pad, np.int32)
+            for row, example in zip(ids, index, strict=True):
+                if example >= 0:
+                    row[: source.lengths[example]] = source[example]
+            key = None if rounding_seed is None else jax.random.fold_in(jax.random.key(rounding_seed), count)
+            batch = shard_batch({"source_ids": ids}, mesh)["source_ids"]
+            tokens = translate(
+                model,
+                placed,
+                batch,
+                beam=decoding.beam,
+                limit=decoding.limit,
+                alpha=decoding.length_penalty,
+                key=key,
+            ).tokens
+            found.append(np.asarray(jax.device_get(tokens)))
+            done += int(np.sum(index >= 0))
+            if told is not None:
+                told(done)
+    return in_order(found, list(plan), len(source))
