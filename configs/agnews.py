@@ -148,7 +148,10 @@ ORDERINGS = {
 ORDERINGS["minilm"] = ORDERINGS["latent"]
 EXPERIMENTS["minilm"] = {name: None for name in EXPERIMENTS["latent"]}
 ORDERINGS["orderings"] = tuple(
-    claim for experiment in ("quantization", "patterns", "latent") for claim in ORDERINGS[experiment] if "bert" not in str(claim)
+    claim
+    for experiment in ("quantization", "patterns", "latent")
+    for claim in ORDERINGS[experiment]
+    if "bert" not in str(claim)
 )
 EXPERIMENTS["orderings"] = {
     name: score
@@ -181,7 +184,11 @@ def get_config(arg: str = "full_precision"):
             bert = "all-MiniLM-L6-v2"
             config.model.sizes = ConfigDict({"hidden_size": 384, "num_heads": 12})
         rows = tuple(
-            dict(name=name, changes=method(name, bert, epochs), published={} if score is None else {"ag_news": score / 100})
+            dict(
+                name=name,
+                changes=method(name, bert, epochs),
+                published={} if score is None else {"ag_news": score / 100},
+            )
             for name, score in EXPERIMENTS[arg].items()
         )
         config.save_models = False

@@ -111,11 +111,15 @@ class Experiment:
         encoded = self.encoded["train"]
         longest = bucket_lengths(encoded.lengths, self.config.data.max_length, 1, self.config.data.padding)
         found = Batches(encoded, batch_size, longest, seed=self.config.seed, pad_id=self.pretrained.config.pad_token_id)
-        return [inputs(b) for b in (found[i] for i in range(found.batches_per_epoch)) if b["weights"].all()][:count]
+        return [
+            inputs(self.model, b) for b in (found[i] for i in range(found.batches_per_epoch)) if b["weights"].all()
+        ][:count]
 
     def sites(self, *args: Any) -> dict[str, SiteInfo]:
         """Returns the sites of the model, for its arguments or, without any, for the example ones."""
-        return list_sites(self.model, {"params": self.pretrained.params}, *(args or models.example_inputs()))
+        return list_sites(
+            self.model, {"params": self.pretrained.params}, *(args or self.pretrained.family.example_inputs())
+        )
 
     def evaluate(
         self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str] = LABELLED

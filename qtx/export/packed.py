@@ -36,7 +36,7 @@ from qtx.errors import UserError, near_misses
 from qtx.files import whole_file, write_text
 from qtx.methods.calibrate import stored_qparams
 from qtx.models.checkpoints import abstract_params
-from qtx.models.families import Family, example_inputs, get_family
+from qtx.models.families import Family, get_family
 from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo, check_policy, list_sites
 from qtx.quant import estimators, grid, rows
@@ -273,7 +273,7 @@ def save_quantized(
             raise UserError(
                 f"parameter {name!r}: {found} in the params, {wanted} by the config; save them with their own"
             )
-    sites = list_sites(model_family.module(config=config), {"params": abstract}, *example_inputs())
+    sites = list_sites(model_family.module(config=config), {"params": abstract}, *model_family.example_inputs())
     check_policy(policy, sites)
 
     tensors = _range_tensors(policy, sites, ranges)

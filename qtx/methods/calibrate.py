@@ -1,8 +1,8 @@
 """Post-training quantization: find the range of every quantized tensor from a few batches.
 
     model = BertClassifier(config, policy=policy(symmetric(8), asymmetric(8)))
-    ranges = calibrate(model, params, [inputs(batch) for batch in batches])
-    logits = model.apply({"params": params, "ranges": ranges}, *inputs(batch)).logits
+    ranges = calibrate(model, params, [inputs(model, batch) for batch in batches])
+    logits = model.apply({"params": params, "ranges": ranges}, *inputs(model, batch)).logits
 
 The forward pass of calibration is already quantized: later layers see what earlier ones hand on (Bondarenko et al. 2021,
 section 5). Weight ranges do not depend on data and are found first, one compiled search per shape. Nothing is trained.

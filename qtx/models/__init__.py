@@ -1,7 +1,7 @@
 """Model families and their checkpoints."""
 
 from qtx.models.checkpoints import ARCHITECTURES, Pretrained, architecture, create, load, locate, read_config, save
-from qtx.models.families import FAMILIES, Family, example_inputs, get_family
+from qtx.models.families import FAMILIES, Family, get_family
 
 __all__ = [
     "ARCHITECTURES",
@@ -10,7 +10,6 @@ __all__ = [
     "Pretrained",
     "architecture",
     "create",
-    "example_inputs",
     "get_family",
     "load",
     "locate",

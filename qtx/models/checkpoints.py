@@ -21,7 +21,7 @@ from flax import traverse_util
 from qtx.errors import UserError, near_misses
 from qtx.files import whole_file, write_text
 from qtx.models import text_classifier
-from qtx.models.families import Family, example_inputs, get_family
+from qtx.models.families import Family, get_family
 from qtx.nn.bert import BertConfig
 
 # Models that live inside a package of the package index, for machines that reach no model hub.
@@ -160,7 +160,7 @@ def abstract_params(family: Family, config: BertConfig) -> dict[str, Any]:
 @functools.lru_cache(maxsize=16)
 def _shapes(family: Family, config: BertConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
     """Returns what `abstract_params` does, by path."""
-    made = jax.eval_shape(family.module(config=config).init, jax.random.key(0), *example_inputs())
+    made = jax.eval_shape(family.module(config=config).init, jax.random.key(0), *family.example_inputs())
     return traverse_util.flatten_dict(made["params"], sep="/")
 
 
@@ -231,7 +231,7 @@ def _initial(family: Family, config: BertConfig, paths: Sequence[str], seed: int
 
     @jax.jit
     def initialise(key: jax.Array) -> dict[str, jax.Array]:
-        made = family.module(config=config).init(key, *example_inputs())["params"]
+        made = family.module(config=config).init(key, *family.example_inputs())["params"]
         flat = traverse_util.flatten_dict(made, sep="/")
         return {path: flat[path] for path in paths}  # the rest is never computed
 

@@ -53,10 +53,14 @@ class Family:
     kernel_from_hf: Callable[[np.ndarray], np.ndarray] = np.transpose
     kernel_to_hf: Callable[[str, np.ndarray], np.ndarray] = lambda path, kernel: kernel.T
 
+    def example_inputs(self) -> tuple[jax.Array, ...]:
+        """Returns what a model is called with, to trace it: int32 `[1, 8]` for each of the module's `inputs`."""
+        return (jnp.zeros((1, 8), jnp.int32),) * len(self.module.inputs)  # type: ignore[attr-defined]
+
     def sites(self, config: BertConfig) -> dict[str, SiteInfo]:
         """Returns the sites of a model of this family and size; nothing is computed."""
-        model = self.module(config=config)
-        return list_sites(model, jax.eval_shape(model.init, jax.random.key(0), *example_inputs()), *example_inputs())
+        model, args = self.module(config=config), self.example_inputs()
+        return list_sites(model, jax.eval_shape(model.init, jax.random.key(0), *args), *args)
 
 
 FAMILIES: dict[str, Family] = {
@@ -148,9 +152,3 @@ def get_family(model_type: str) -> Family:
         # All of them, not the nearest: another family is another model, not a slip of the pen.
         raise UserError(f"model family {model_type!r} is not supported; choose from: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
-
-
-def example_inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns ids, attention mask and token types `[1, 8]`: what every family is called with, to trace a model."""
-    ids = jnp.zeros((1, 8), jnp.int32)
-    return ids, ids, ids

@@ -278,8 +278,12 @@ class Pooler(Block):
 
 
 class BertClassifier(Block):
-    """BERT with a pooler and a linear head for sequence classification or regression (one label)."""
+    """BERT with a pooler and a linear head for sequence classification or regression (one label).
 
+    `inputs` names what the model is called with, as arrays of a batch.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
     encoder_type: ClassVar[type[Block]] = Encoder
     pooler_type: ClassVar[type[Block]] = Pooler
 
