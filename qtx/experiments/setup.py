@@ -181,7 +181,7 @@ def from_nothing(section: ConfigDict) -> bool:
     return section.name in models.ARCHITECTURES
 
 
-def family_and_sizes(section: ConfigDict) -> tuple[models.Family, BertConfig]:
+def family_and_sizes(section: ConfigDict) -> tuple[models.Family, models.ModelConfig]:
     """Returns the family and sizes of the model that the section `model` describes; no weights are read.
 
     Raises:
@@ -219,6 +219,8 @@ def setup(config: ConfigDict) -> Experiment:
         raise UserError(f"unknown model.pooling {config.model.pooling!r}; choose from 'cls', 'mean'")
     mesh = make_mesh(config.model_parallel)
     _, sizes = family_and_sizes(config.model)
+    if not isinstance(sizes, BertConfig):
+        raise UserError(f"model {config.model.name!r} translates; task {config.task!r} needs a model that classifies")
     directory = models.locate(config.model.tokenizer if from_nothing(config.model) else config.model.name)
     if config.data.max_length > sizes.max_positions:
         raise UserError(f"data.max_length {config.data.max_length} exceeds the model's {sizes.max_positions} positions")
@@ -236,6 +238,7 @@ def _load_model(
     dtype = DTYPES[config.model.dtype]
     if not from_nothing(config.model) and (directory / WEIGHTS_FILE).is_file():
         artifact = load_quantized(directory)
+        assert isinstance(artifact.config, BertConfig)
         if artifact.config.num_labels != task.num_labels:
             raise UserError(
                 f"{directory} has {artifact.config.num_labels} labels, task {task.name!r} has {task.num_labels}"
@@ -252,6 +255,7 @@ def _load_model(
     else:
         pretrained = models.load(str(directory), task.num_labels, config.model.fresh_head, config.seed, **rates)
     if config.model.amplify.sites:
+        assert isinstance(pretrained.config, BertConfig)
         harder = amplify(pretrained.params, pretrained.config, **config.model.amplify)
         pretrained = dataclasses.replace(pretrained, params=harder)
     return pretrained.family.module(config=pretrained.config, dtype=dtype), {}, pretrained

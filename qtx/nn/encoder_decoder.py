@@ -1,7 +1,7 @@
 """The encoder-decoder transformer (Vaswani et al. 2017, pre-norm) with every tensor a site, and its step-by-step decoding.
 
-The model that the course project "Compressed Transformers" (2020) quantized and binarized on IWSLT. Shapes: `B` sentences, `S` and
-`T` source and target tokens, `D` width, `H` heads, `V` target vocabulary, `K` hypotheses of a sentence. Site names:
+The model that the course project "Compressed Transformers" (2020) quantized and binarized on IWSLT. Shapes: `B` sentences,
+`S` and `T` source and target tokens, `D` width, `H` heads, `V` target vocabulary, `K` hypotheses of a sentence. Site names:
 
     encoder/embeddings/word/table, decoder/embeddings/word/table                       weights
     encoder/embeddings/sum_sinusoid, decoder/embeddings/sum_sinusoid                   times sqrt(D), with positions
@@ -16,9 +16,9 @@ The model that the course project "Compressed Transformers" (2020) quantized and
 
 With `tied` the generator has no kernel: its matrix is a table.
 
-Padding masks follow from the ids. `start`, `empty_cache` and `step` decode one token at a time, with the sites and ranges of the
-whole model: the logits of a step are those of a forward pass over all tokens so far, but for ranges that are found anew at
-every call over several tokens (`range='dynamic'`, unless per token).
+Padding masks follow from the ids. `start`, `empty_cache` and `step` decode one token at a time, with the sites and ranges
+of the whole model: the logits of a step are those of a forward pass over all tokens so far, but for activation ranges that
+are found anew at every call over several tokens (`range='dynamic'`, unless per token).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qtx.errors import UserError, near_misses
 from qtx.nn import bert
@@ -60,7 +61,7 @@ class EncoderDecoderConfig:
       target_vocab_size: rows of the target table and width of the logits.
       num_layers: of the encoder.
       decoder_layers: of the decoder.
-      max_positions: the longest source or target, in tokens.
+      max_positions: the longest source or target that the model is meant for, in tokens; sinusoids have no table that ends.
       hidden_act: between the layers of the FFN.
       hidden_dropout: of embeddings, sub-layer outputs and hidden units of the FFN.
       attention_dropout: of the attention probabilities.
@@ -167,12 +168,10 @@ class Embeddings(Block):
 
     def __call__(self, ids: jax.Array, where: jax.Array, deterministic: bool) -> jax.Array:
         """Maps int `[B, T]` to `[B, T, D]`."""
-        c, tokens = self.config, ids.shape[1]
-        if tokens > c.max_positions:
-            raise UserError(f"a sentence of {tokens} tokens is longer than the model's {c.max_positions} positions")
-        return self.dropout(self.at(ids, sinusoids(tokens, c.hidden_size), where), deterministic)
+        positions = sinusoids(ids.shape[1], self.config.hidden_size)
+        return self.dropout(self.at(ids, positions, where), deterministic)
 
-    def at(self, ids: jax.Array, positions: jax.Array, where: jax.Array) -> jax.Array:
+    def at(self, ids: jax.Array, positions: jax.Array | np.ndarray, where: jax.Array) -> jax.Array:
         """Maps int `[B, T]` to `[B, T, D]`, given encodings `[T, D]` of their positions."""
         x = self.word(ids) * self.config.hidden_size**0.5
         return site(self, "sum_sinusoid", x + positions.astype(self.dtype), where=where)
@@ -239,8 +238,7 @@ class Attention(Block):
 
 def _put(cached: jax.Array, new: jax.Array, position: jax.Array) -> jax.Array:
     """Writes `[B, K, ...]` at a position of the third axis of `[B, K, limit, ...]`."""
-    start = (0, 0, position, *(0 for _ in new.shape[2:]))
-    return jax.lax.dynamic_update_slice(cached, new[:, :, None].astype(cached.dtype), start)
+    return jax.lax.dynamic_update_slice_in_dim(cached, new[:, :, None], position, axis=2)
 
 
 class EncoderLayer(Block, bert.Layer):
@@ -314,7 +312,7 @@ class Decoder(Block):
         return tuple(layer.project(encoded, where) for layer in self.layers)
 
     def __call__(self, ids, encoded, source_mask, deterministic: bool) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        """Maps int `[B, T]` and the encoded source `[B, S, D]` to embeddings and layers, and the last of them normalised, each `[B, T, D]`."""
+        """Maps int `[B, T]` and the encoded source to embeddings and layers, and the last one normalised, `[B, T, D]`."""
         tokens = ids != self.config.pad_token_id
         where = tokens[:, :, None]
         mask = tokens[:, None, :] & jnp.tril(jnp.ones((ids.shape[1], ids.shape[1]), bool))
@@ -355,9 +353,6 @@ class EncoderDecoder(Block):
           source_ids: int `[B, S]`, padded; a row of padding is a filler row.
           target_ids: int `[B, T]`: the decoder's input, beginning with bos, padded.
           deterministic: False for training with dropout (needs the rng `dropout`).
-
-        Raises:
-          UserError: if a sentence is longer than the model's positions.
         """
         mask = source_ids != self.config.pad_token_id
         encoder_states, encoded = self.encoder(source_ids, mask, deterministic)
@@ -409,8 +404,8 @@ class EncoderDecoder(Block):
     def step(self, memory: Tree, cache: Tree, tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, Tree]:
         """Adds one token to every hypothesis: `model.apply(variables, memory, cache, tokens, position, method='step')`.
 
-        The K hypotheses of a sentence are K queries to its source: nothing of `memory` is copied. The shapes do not depend on the
-        position, so one compiled program serves all steps.
+        The K hypotheses of a sentence are K queries to its source: nothing of `memory` is copied. The shapes do not depend on
+        the position, so one compiled program serves all steps.
 
         Args:
           memory: from `start`.
