@@ -23,6 +23,7 @@ from qtx.experiments.classification import Classification
 from qtx.experiments.experiment import VALIDATION
 from qtx.experiments.run import calibration_options, policy_to_apply
 from qtx.files import write_text
+from qtx.nn.bert import BertConfig
 from qtx.quant.policy import Policy
 from qtx.train.report import Table, check_config, save_config
 
@@ -123,6 +124,7 @@ def _outliers(experiment: Classification, policy: Policy) -> Part:
 
     def run(workdir: Path) -> list[str | Table]:
         sizes = experiment.pretrained.config
+        assert isinstance(sizes, BertConfig)  # only classifiers come here, see `setup`
         found = outliers.collect(
             experiment.model,
             experiment.pretrained.params,
@@ -179,8 +181,8 @@ def _memory(experiment: Classification, policy: Policy) -> Part:
         )
 
     def run(workdir: Path) -> list[str | Table]:
-        shape = jax.ShapeDtypeStruct((c.batch_size, c.tokens), jnp.int32)
-        sites = experiment.sites(shape, shape, shape)
+        args = [jax.ShapeDtypeStruct((c.batch_size, c.tokens), jnp.int32)] * len(experiment.pretrained.family.inputs)
+        sites = experiment.sites(*args)
         parameters = memory.weight_memory(policy, sites, experiment.pretrained.params)
         ranges = memory.range_memory(policy, sites)
         activations, inputs = memory.activation_memory(policy, sites), memory.input_memory(policy, sites)
@@ -192,8 +194,7 @@ def _memory(experiment: Classification, policy: Policy) -> Part:
         if c.compiled:
             models = {"full precision": experiment.model, "quantized": experiment.model.clone(policy=policy)}
             programs = {
-                name: memory.model_memory(model, experiment.pretrained.params, shape, shape, shape)
-                for name, model in models.items()
+                name: memory.model_memory(model, experiment.pretrained.params, *args) for name, model in models.items()
             }
         sizes = experiment.pretrained.config
         running = memory.run_time_table(sizes, c.batch_size, c.tokens, activations, inputs, programs)

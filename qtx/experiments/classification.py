@@ -24,6 +24,7 @@ from qtx.experiments.experiment import (
     load_model,
 )
 from qtx.methods.agnews_study import without_quantized_biases
+from qtx.nn.bert import BertConfig
 from qtx.train import metrics
 from qtx.train.loop import predict
 
@@ -47,6 +48,10 @@ class Classification(Experiment):
         """
         mesh = check_model(config.model, config.model_parallel)
         _, sizes = family_and_sizes(config.model)
+        if not isinstance(sizes, BertConfig):
+            raise UserError(
+                f"model {config.model.name!r} translates; task {config.task!r} needs a model that classifies"
+            )
         directory = models.locate(config.model.tokenizer if from_nothing(config.model) else config.model.name)
         if config.data.max_length > sizes.max_positions:
             raise UserError(

@@ -321,9 +321,7 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
     granularity = _granularity(section.activation_granularity)
     everywhere = None if granularity == per_tensor() else granularity
     if section.evaluation_rounding not in ("nearest", "drawn"):
-        raise UserError(
-            f"quant.evaluation_rounding is {section.evaluation_rounding!r}; choose from 'nearest', 'drawn'"
-        )
+        raise UserError(f"quant.evaluation_rounding is {section.evaluation_rounding!r}; choose from 'nearest', 'drawn'")
     overrides = parse_overrides(section.overrides)
     own = parse_overrides(section.weight_overrides, "quant.weight_overrides")
     if weights is None and activations is None:

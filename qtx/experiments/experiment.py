@@ -20,7 +20,6 @@ from qtx.analysis.amplify import amplify
 from qtx.errors import UserError, near_misses
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
 from qtx.methods.calibrate import with_frozen_weights
-from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo, list_sites
 from qtx.train.phase import Objective, inputs, task_loss
 from qtx.train.sharding import make_mesh
@@ -133,7 +132,7 @@ def from_nothing(section: ConfigDict) -> bool:
     return section.name in models.ARCHITECTURES
 
 
-def family_and_sizes(section: ConfigDict) -> tuple[models.Family, BertConfig]:
+def family_and_sizes(section: ConfigDict) -> tuple[models.Family, models.ModelConfig]:
     """Returns the family and sizes of the model that the section `model` describes; no weights are read.
 
     Raises:
@@ -189,10 +188,9 @@ def load_model(
     dtype = DTYPES[config.model.dtype]
     if not from_nothing(config.model) and (directory / WEIGHTS_FILE).is_file():
         artifact = load_quantized(directory)
-        if num_labels is not None and artifact.config.num_labels != num_labels:
-            raise UserError(
-                f"{directory} has {artifact.config.num_labels} labels, task {config.task!r} has {num_labels}"
-            )
+        theirs = getattr(artifact.config, "num_labels", None)
+        if theirs != num_labels:
+            raise UserError(f"{directory} has {theirs} labels, task {config.task!r} has {num_labels}")
         pretrained = models.Pretrained(artifact.family, artifact.config, artifact.params, (), directory)
         return artifact.model.clone(dtype=dtype), artifact.ranges, pretrained
     fields = ("hidden_dropout", "attention_dropout", "classifier_dropout")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from qtx.train.translation import corpus_scores, published_bleu, trimmed
 
 from qtx import models
 from qtx.data import pair_tokenizer
@@ -22,10 +23,8 @@ from qtx.data.tasks import CORPORA, TranslationTask, get_translation_task, langu
 from qtx.errors import UserError
 from qtx.experiments.experiment import LABELLED, Experiment, check_model, family_and_sizes, from_nothing, load_model
 from qtx.methods.agnews_study import without_quantized_biases
-from qtx.methods.calibrate import with_frozen_weights
 from qtx.methods.translation import Decoding, TranslationLoss, smoothed_kl, translate_all
 from qtx.nn.encoder_decoder import EncoderDecoderConfig
-from qtx.train.translation import corpus_scores, published_bleu, trimmed
 from qtx.train.phase import Objective, inputs
 from qtx.train.sharding import shard_batch
 

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtx.errors import UserError
-from qtx.nn import decoding
 from qtx.nn.decoding import Decoded, Markers, beam_search, greedy, length_factors
 
 BOS, EOS, PAD = 2, 3, 1
@@ -310,5 +309,3 @@ def test_one_program_for_all_batches_of_a_shape():
         logits = tables(seed, batch=2, positions=5)
         run_beam(logits, everyone(logits), 2, 5, 0.7)
     assert run_beam._cache_size() == before + 1
-
-
