@@ -66,7 +66,6 @@ class Translation(Experiment):
         dataset = load_dataset(config)
         train = dataset.splits["train"]
         if from_nothing(config.model):
-            directory = None
             tokenizer = pair_tokenizer.fit(c.tokenizer, train, dataset.task, c.vocabulary, c.joint)
         else:
             directory = models.locate(config.model.name)
@@ -74,7 +73,6 @@ class Translation(Experiment):
             tokenizer.check_sizes(sizes.source_vocab_size, sizes.target_vocab_size)
         model, ranges, pretrained = load_model(
             config,
-            directory,
             None,
             source_vocab_size=tokenizer.source_vocab_size,
             target_vocab_size=tokenizer.target_vocab_size,
