@@ -2,8 +2,8 @@
 
 The one-letter names are those of Bondarenko et al. 2021 (e s p c g u x h y z P C, Et, wP, wC); a number after the name
 picks one layer (`y11`), of an encoder and of a decoder. `Es` means the small tables, of positions and of token types. The
-long names (`attn_scores`) are the keys that they published for MobileBERT. The block names (MHA, FFN, CLS ...) are those of pattern studies on weights. A
-name reaches what a model has of its sites; it is an error if that is nothing.
+long names (`attn_scores`) are the keys that they published for MobileBERT. The block names (MHA, FFN, CLS ...) are those of
+pattern studies on weights. A name reaches what a model has of its sites; it is an error if that is nothing.
 """
 
 from __future__ import annotations
