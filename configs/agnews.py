@@ -35,7 +35,12 @@ from qtx.methods.agnews_study import PATTERNS
 
 BITS = (8, 4, 2)
 BERT = "google/bert_uncased_L-2_H-512_A-8"
-WEIGHTS = {"quant.pattern": "ALL", "quant.weight_rounding": "stochastic", "quant.activation_bits": 32}
+WEIGHTS = {
+    "quant.pattern": "ALL",
+    "quant.weight_rounding": "stochastic",
+    "quant.evaluation_rounding": "drawn",
+    "quant.activation_bits": 32,
+}
 FULLY = {
     "quant.pattern": "ALL",
     "quant.activation_sites": "inputs",
