@@ -445,7 +445,7 @@ def test_missing_column(tiny_config, tmp_path):
 @pytest.mark.parametrize("task", ["rte", "ag_news"])
 def test_no_data_directory(tiny_config, tmp_path, monkeypatch, task):
     monkeypatch.delenv("QTX_DATA_DIR", raising=False)
-    monkeypatch.setattr(data.sources, "_require_network", lambda url: (_ for _ in ()).throw(OSError("offline")))
+    monkeypatch.setattr(data.reading, "_require_network", lambda url: (_ for _ in ()).throw(OSError("offline")))
     tiny_config.task, tiny_config.data.dir = task, str(tmp_path / "nowhere")
     assert "nowhere" in train(tiny_config, tmp_path)
     tiny_config.data.dir = None

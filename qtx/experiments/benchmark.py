@@ -252,13 +252,13 @@ class _Setup:
             weights=jnp.ones(config.batch, jnp.float32),
         )
         model = BertClassifier(BertConfig(**config.model, hidden_dropout=0.0, attention_dropout=0.0))
-        params = jax.jit(model.init)(jax.random.key(config.seed), *inputs(batch))["params"]
+        params = jax.jit(model.init)(jax.random.key(config.seed), *inputs(model, batch))["params"]
         return cls(model, params, batch)
 
     def quantized(self, **options: Any) -> tuple[BertClassifier, dict[str, Any]]:
         """Returns the W8A8 model with every site quantized, and its calibrated ranges."""
         model = self.model.clone(policy=policy(symmetric(8, **options), asymmetric(8, **options)))
-        return model, calibrate(model, self.params, [inputs(self.batch)])
+        return model, calibrate(model, self.params, [inputs(model, self.batch)])
 
     def step(self, model: BertClassifier, ranges: Mapping[str, Any]) -> tuple[Program, int]:
         """Returns the train step of the library as a program, and its temporary memory."""
@@ -284,7 +284,7 @@ class _Setup:
         """Returns the compiled forward pass as a program that gives the logits."""
 
         def logits(variables, batch):
-            outputs = model.apply(variables, *inputs(batch))
+            outputs = model.apply(variables, *inputs(self.model, batch))
             return getattr(outputs, "logits", outputs)
 
         compiled = jax.jit(logits)
@@ -431,7 +431,7 @@ def calibration(config: ConfigDict) -> Comparison:
     setup = _Setup.make(FrozenConfigDict(config))
     grid, brent = estimator("mse", candidates=config.candidates), estimator("mse_brent")
     searched = policy(symmetric(8, estimator=grid), asymmetric(8, estimator=brent))
-    model, data = setup.model.clone(policy=searched), [inputs(setup.batch)]
+    model, data = setup.model.clone(policy=searched), [inputs(setup.model, setup.batch)]
     return Comparison(
         lambda: calibrate(model, setup.params, data),
         lambda: setup.quantized()[1],

@@ -126,7 +126,7 @@ def test_ranges_in_training(tiny_config, rule, moves):
         sites = traverse_util.unflatten_dict({k: v for k, v in before.items()}, sep="/")
         _, changed = phase.model.apply(
             {"params": experiment.pretrained.params, "ranges": sites},
-            *inputs(experiment.batches("train", 8, True, None)[0]),
+            *inputs(phase.model, experiment.batches("train", 8, True, None)[0]),
             mutable=["ranges", "observers"],
         )
         assert np.any(changed["ranges"]["classifier"]["output"]["scale"] != before["classifier/output/scale"])
