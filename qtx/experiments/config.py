@@ -17,8 +17,9 @@ from ml_collections.config_dict import placeholder
 
 from qtx.errors import UserError, near_misses
 from qtx.methods.adaround import AdaRound
-from qtx.methods.agnews_study import input_policy, pattern_policy
+from qtx.methods.agnews_study import input_policy
 from qtx.methods.efficient_quantization import Value, policy_of, with_value
+from qtx.methods.patterns import pattern_policy
 from qtx.nn.aliases import policy as make_policy
 from qtx.quant import (
     Spec,
@@ -171,9 +172,9 @@ def quantization() -> ConfigDict:
             "weight_scheme": "symmetric",  # 'asymmetric', 'ternary', 'binary', 'ir_net', 'magnitude', ...: see `Spec`
             "weight_granularity": "tensor",  # 'channel'
             "weight_rounding": "nearest",  # 'stochastic', in training
-            "weight_scale": "mean",  # of ternary and binary grids: 'shift' (a power of two) or 'one'
+            "weight_scale": "mean",  # of ternary and binary grids: 'shift' (a power of two) or 'one'; of magnitude: 'norm'
             "weight_gradient": "straight",  # of ternary and binary grids: 'clipped' (within [-1, 1]) or 'decay'
-            "pattern": "",  # of layers whose weights are quantized, see `qtx.methods.agnews_study`; '': all weights
+            "pattern": "",  # of layers whose weights are quantized, see `qtx.methods.patterns`; '': all weights
             "weight_estimator": "current_minmax",
             "weight_options": ConfigDict(convert_dict=True),  # fields of the estimator
             "activation_bits": 8,
@@ -361,7 +362,7 @@ def _weight_spec(section: ConfigDict) -> Spec | None:
         if scheme == "ir_net":
             return ir_net(granularity)
         options = {}
-        if scheme in ("ternary", "binary"):
+        if scheme in ("ternary", "binary", "magnitude"):
             options = dict(scale=section.weight_scale, gradient=section.weight_gradient)
         return Spec(bits, scheme, granularity, range="dynamic", rounding=section.weight_rounding, **options)
     if bits == 32:

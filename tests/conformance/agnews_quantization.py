@@ -13,7 +13,8 @@ from flax import traverse_util
 
 from qtx import models
 from qtx.analysis.memory import activation_elements, parameter_counts
-from qtx.methods.agnews_study import input_policy, pattern_policy, without_quantized_biases
+from qtx.methods.agnews_study import input_policy, without_quantized_biases
+from qtx.methods.patterns import pattern_policy
 from qtx.models.checkpoints import abstract_params, from_hf_tensors, parameter_name
 from qtx.models.text_classifier import started_modules
 from qtx.nn import list_sites
