@@ -2,7 +2,8 @@
 
     python launch/train.py --config=configs/translation.py:full_precision --data_dir=DATA --workdir=runs/en_de
     python launch/train.py --config=configs/translation.py:attention_4 --data_dir=DATA --workdir=runs/attention_4
-    python launch/quantize.py --config=configs/translation.py:ptq --config.model.name=runs/en_de/model --data_dir=DATA --workdir=runs/ptq
+    python launch/quantize.py --config=configs/translation.py:ptq --config.model.name=runs/en_de/model --data_dir=DATA \
+        --workdir=runs/ptq
     python launch/translate.py --model=runs/en_de/model --input=sentences.txt --output=translations.txt
     python launch/sweep.py --config=configs/translation.py:multi30k --data_dir=DATA --workdir=runs/multi30k
 

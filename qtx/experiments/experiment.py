@@ -69,6 +69,11 @@ class Experiment(abc.ABC):
         return model, {**variables, "params": params}
 
     @property
+    def measured(self) -> str:
+        """How metrics were computed, where their names do not say it; the title of result tables."""
+        return ""
+
+    @property
     def objective(self) -> Objective:
         """What training minimises."""
         return task_loss
