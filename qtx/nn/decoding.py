@@ -308,6 +308,7 @@ def translate(
     beam: int,
     limit: int,
     alpha: float = 0.6,
+    key: jax.Array | None = None,
 ) -> Decoded:
     """Translates a batch: compiled once for each shape of it, model, beam and limit.
 
@@ -318,6 +319,7 @@ def translate(
       beam: 1 for greedy search.
       limit: tokens generated at most.
       alpha: exponent of the length factor.
+      key: of stochastic rounding, which draws anew for every token, as published; None: rounding is to nearest.
 
     Raises:
       UserError: `beam` or `limit` below 1, or a limit beyond the model's positions.
@@ -328,11 +330,13 @@ def translate(
         raise UserError(f"decoding of up to {limit} tokens: the model has {config.max_positions} positions")
     markers = Markers(config.bos_token_id, config.eos_token_id, config.pad_token_id)
     real = jnp.any(source_ids != config.pad_token_id, -1)
-    memory = model.apply(variables, source_ids, method="start")
+    start = None if key is None else {"rounding": key}
+    memory = model.apply(variables, source_ids, method="start", rngs=start)
     cache = model.apply(variables, source_ids.shape[0], beam, limit, method="empty_cache")
 
     def step(cache: Cache, tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, Cache]:
-        return model.apply(variables, memory, cache, tokens, position, method="step")
+        rngs = None if key is None else {"rounding": jax.random.fold_in(key, position)}
+        return model.apply(variables, memory, cache, tokens, position, method="step", rngs=rngs)
 
     if beam == 1:
         return greedy(step, cache, real, limit, alpha=alpha, markers=markers)
