@@ -157,8 +157,7 @@ def get_config(arg: str = "full_precision"):
         )
     if arg == "multi30k":
         rows = tuple(
-            dict(name=name, changes=method(name), published={"multi30k": score})
-            for name, score in PUBLISHED.items()
+            dict(name=name, changes=method(name), published={"multi30k": score}) for name, score in PUBLISHED.items()
         )
         config.save_models = False
         config.sweep = sweeping(

@@ -175,7 +175,9 @@ def plan(config: ConfigDict) -> list[Trial]:
 
     for claim in section.orderings:
         if len(claim) != 3 or claim[1] not in RELATIONS:
-            raise UserError(f"sweep.orderings: {claim!r} is not (row, relation, row) with one of {', '.join(RELATIONS)}")
+            raise UserError(
+                f"sweep.orderings: {claim!r} is not (row, relation, row) with one of {', '.join(RELATIONS)}"
+            )
         for name in (claim[0], claim[2]):
             if name not in {row.name for row in rows}:
                 raise UserError(

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from qtx.train.translation_metrics import nltk_bleu, sacrebleu_scores
 
 from qtx import models
 from qtx.data import pair_tokenizer
@@ -27,6 +26,7 @@ from qtx.methods.translation import Decoding, TranslationLoss, smoothed_kl, tran
 from qtx.nn.encoder_decoder import EncoderDecoderConfig
 from qtx.train.phase import Objective, inputs
 from qtx.train.sharding import shard_batch
+from qtx.train.translation_metrics import nltk_bleu, sacrebleu_scores
 
 TASKS = (*CORPORA, "parallel")
 
@@ -66,7 +66,9 @@ class Translation(Experiment):
         dataset = load_dataset(config)
         train = dataset.splits["train"]
         if from_nothing(config.model):
-            tokenizer = pair_tokenizer.fit(c.tokenizer, train, dataset.task, c.vocabulary, c.joint)
+            tokenizer = pair_tokenizer.fit(
+                c.tokenizer, train, dataset.task, c.vocabulary, c.joint, config.data.max_length
+            )
         else:
             directory = models.locate(config.model.name)
             tokenizer = pair_tokenizer.load(directory, dataset.task.direction)

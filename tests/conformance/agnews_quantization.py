@@ -362,4 +362,3 @@ HANDLERS = agnews_quantizers.HANDLERS | {
         adam_steps,
     )
 }
-PENDING: dict[str, int] = {}
