@@ -38,7 +38,7 @@ from qtx.methods.adaround import AdaRound, Data, Layer, optimise, temperature
 from qtx.methods.calibrate import calibrate
 from qtx.nn.aliases import policy
 from qtx.nn.bert import MASKED, BertClassifier, BertConfig
-from qtx.nn.decoding import Cache, Decoded, Markers, begin_beam, beam_step, end_beam, translate
+from qtx.nn.decoding import Cache, Decoded, Markers, beam_step, begin_beam, end_beam, translate
 from qtx.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from qtx.nn.layers import Dense
 from qtx.quant import Spec, asymmetric, estimate, estimator, per_channel, per_tensor, symmetric
