@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtx.errors import UserError
-from qtx.nn.decoding import MARKERS, Decoded, Markers, beam_search, greedy, length_factors
+from qtx.nn.decoding import MARKERS, Decoded, Markers, beam_search, greedy, length_factors, translate
+from qtx.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
 BOS, EOS, PAD = 2, 3, 1
 
@@ -60,19 +61,24 @@ def log_softmax(logits):
     return (shifted - np.log(np.sum(np.exp(shifted), -1, keepdims=True))).astype(np.float32)
 
 
-def plain_beam(logits, beam, limit, alpha):
-    """Beam search over one table `[P, V, V]`, as its definition reads: lists of Python floats, every pair sorted."""
+def of_table(logits):
+    """Log probabilities `[V]` of the next token by prefix, from one table `[P, V, V]`."""
     log_probs = log_softmax(np.asarray(logits))
+    return lambda tokens: log_probs[len(tokens) - 1, tokens[-1]]
+
+
+def plain_beam(log_probs, beam, limit, alpha):
+    """Beam search as its definition reads: lists of Python floats, every pair sorted."""
     alive, finished = [([BOS], 0.0)], []
 
     def normalised(hypothesis):
         tokens, total = hypothesis
         return total / ((5 + len(tokens) - 1) / 6) ** alpha
 
-    for position in range(limit):
+    for _ in range(limit):
         pairs = []
         for tokens, total in alive:
-            for token, value in enumerate(log_probs[position, tokens[-1]]):
+            for token, value in enumerate(log_probs(tokens)):
                 pairs.append((tokens + [token], total + float(value)))
         pairs.sort(key=lambda pair: -pair[1])  # stable: equals stay in their order
         alive = []
@@ -129,7 +135,7 @@ def test_beam_search_is_its_definition(seed, setting, end, spread):
     logits = tables(seed, end=end, spread=spread)
     found = run_beam(logits, everyone(logits), beam, 7, alpha)
     for row, table in enumerate(logits):
-        check(found, row, *plain_beam(table, beam, 7, alpha))
+        check(found, row, *plain_beam(of_table(table), beam, 7, alpha))
 
 
 @given(st.integers(0, 10_000), st.sampled_from([-4.0, 0.0, 2.0]))
@@ -180,7 +186,7 @@ def test_flat_tables_tie_everywhere():
     logits = np.zeros((2, 4, 6, 6), np.float32)
     for beam in (3, 5):
         found = run_beam(logits, everyone(logits), beam, 4)
-        check(found, 0, *plain_beam(logits[0], beam, 4, 0.6))
+        check(found, 0, *plain_beam(of_table(logits[0]), beam, 4, 0.6))
     assert run_greedy(logits, everyone(logits), 4).tokens[0].tolist() == [BOS, 0, 0, 0, 0]
 
 
@@ -198,7 +204,7 @@ def test_the_limit_without_an_end():
     found = run_beam(logits, everyone(logits), 3, 7)
     assert (found.lengths == 8).all() and not (found.tokens == EOS).any() and found.steps == 7
     for row, table in enumerate(logits):
-        check(found, row, *plain_beam(table, 3, 7, 0.6))
+        check(found, row, *plain_beam(of_table(table), 3, 7, 0.6))
     assert (run_greedy(logits, everyone(logits), 7).lengths == 8).all()
 
 
@@ -208,7 +214,7 @@ def test_an_end_at_the_limit_counts():
     found = run_beam(logits, everyone(logits), 3, 7)
     assert (found.tokens[:, -1] == EOS).all()
     for row, table in enumerate(logits):
-        check(found, row, *plain_beam(table, 3, 7, 0.6))
+        check(found, row, *plain_beam(of_table(table), 3, 7, 0.6))
 
 
 @pytest.mark.parametrize("beam", [1, 4, 9])
@@ -217,7 +223,7 @@ def test_a_beam_larger_than_the_vocabulary(beam, vocabulary):
     logits = tables(3, vocabulary=vocabulary)
     found = run_beam(logits, everyone(logits), beam, 7)
     for row, table in enumerate(logits):
-        check(found, row, *plain_beam(table, beam, 7, 0.6))
+        check(found, row, *plain_beam(of_table(table), beam, 7, 0.6))
 
 
 def test_a_vocabulary_of_end_tokens_alone():
@@ -234,7 +240,7 @@ def test_rows_stop_at_different_times_and_do_not_touch_each_other():
     assert together.lengths.tolist()[:5] == [2, 3, 4, 6, 8] and together.steps == 7
     simple = run_greedy(logits, everyone(logits), 7)
     for row, table in enumerate(logits):
-        check(together, row, *plain_beam(table, 3, 7, 0.6))
+        check(together, row, *plain_beam(of_table(table), 3, 7, 0.6))
         check(simple, row, *plain_greedy(table, 7))
 
 
@@ -258,7 +264,7 @@ def test_tokens_of_probability_zero_come_last():
         found = run_beam(logits, everyone(logits), beam, 7)
         assert not np.isnan(found.scores).any() and np.isfinite(found.scores[1:]).all()
         for row, table in enumerate(logits):
-            check(found, row, *plain_beam(table, beam, 7, 0.6))
+            check(found, row, *plain_beam(of_table(table), beam, 7, 0.6))
 
 
 def test_a_sentence_stops_when_nothing_better_can_come():
@@ -268,7 +274,7 @@ def test_a_sentence_stops_when_nothing_better_can_come():
     logits[:, 0, :, EOS] = 60.0
     found = run_beam(logits, everyone(logits), 4, 9)
     assert found.steps == 1
-    check(found, 0, *plain_beam(logits[0], 4, 9, 0.6))
+    check(found, 0, *plain_beam(of_table(logits[0]), 4, 9, 0.6))
 
 
 def test_padding_and_begin_tokens_can_be_generated():
@@ -282,7 +288,7 @@ def test_long_sums_stay_close_to_float64():
     logits = tables(8, batch=2, positions=200, vocabulary=40, spread=1.0, end=-100.0)
     found = run_beam(logits, everyone(logits), 4, 200)
     for row, table in enumerate(logits):
-        tokens, total, score = plain_beam(table, 4, 200, 0.6)
+        tokens, total, score = plain_beam(of_table(table), 4, 200, 0.6)
         assert found.tokens[row].tolist() == tokens
         np.testing.assert_allclose(found.log_probs[row], total, rtol=1e-6)
         np.testing.assert_allclose(found.scores[row], score, rtol=1e-6)
@@ -309,3 +315,42 @@ def test_one_program_for_all_batches_of_a_shape():
         logits = tables(seed, batch=2, positions=5)
         run_beam(logits, everyone(logits), 2, 5, 0.7)
     assert run_beam._cache_size() == before + 1
+
+
+@pytest.fixture(scope="module")
+def translator():
+    config = EncoderDecoderConfig(
+        source_vocab_size=11,
+        target_vocab_size=9,
+        hidden_size=16,
+        num_layers=1,
+        decoder_layers=1,
+        num_heads=2,
+        intermediate_size=16,
+        max_positions=8,
+    )
+    model, source = EncoderDecoder(config), jnp.array([[5, 6, 7, 8], [9, 4, PAD, PAD], [PAD] * 4], jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(3), source, source)["params"]
+    params["generator"]["kernel"] *= 4  # clear decisions
+    return model, {"params": params}, source
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_translations_are_those_of_whole_forward_passes(translator, beam):
+    model, variables, source = translator
+    found = translate(model, variables, source, beam=beam, limit=6)
+
+    forward = jax.jit(lambda ids, prefix: jax.nn.log_softmax(model.apply(variables, ids, prefix).logits))
+    for row in range(2):
+
+        def log_probs(tokens, ids=source[row : row + 1]):
+            prefix = jnp.array([tokens + [PAD] * (6 - len(tokens))], jnp.int32)
+            return np.asarray(forward(ids, prefix))[0, len(tokens) - 1]
+
+        check(found, row, *plain_beam(log_probs, beam, 6, 0.6))
+    assert found.tokens[2].tolist() == [BOS] + [PAD] * 6
+
+
+def test_translation_beyond_the_positions_of_the_model(translator):
+    with pytest.raises(UserError, match="up to 9 tokens: the model has 8 positions"):
+        translate(*translator, beam=2, limit=9)
