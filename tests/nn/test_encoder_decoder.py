@@ -28,7 +28,8 @@ CONFIG = EncoderDecoderConfig(
     intermediate_size=24,
     max_positions=12,
 )
-TIED = dataclasses.replace(CONFIG, tied="all")
+SMALL = dataclasses.replace(CONFIG, decoder_layers=1)
+TIED = dataclasses.replace(SMALL, tied="all")
 SOURCE = np.array([[4, 5, 6, 7, 8], [9, 10, 11, 1, 1]])
 TARGET = np.array([[2, 4, 5, 6], [2, 7, 8, 1]])
 # Another hypothesis for each sentence, of the same shape.
@@ -42,11 +43,11 @@ def params(config=CONFIG):
 
 
 @functools.cache
-def variables(rules=None):
+def variables(config=CONFIG, rules=None):
     if rules is None:
-        return {"params": params()}
-    ranges = calibrate(EncoderDecoder(CONFIG, policy=rules), params(), [(SOURCE, TARGET), (SOURCE, OTHER)])
-    return {"params": params(), "ranges": ranges}
+        return {"params": params(config)}
+    ranges = calibrate(EncoderDecoder(config, policy=rules), params(config), [(SOURCE, TARGET), (SOURCE, OTHER)])
+    return {"params": params(config), "ranges": ranges}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -70,10 +71,10 @@ def close_to_all_but_a_few(got, want):
     assert np.mean(error < 1e-3) > 0.9 and np.max(error) < 0.2, error
 
 
-@pytest.mark.parametrize("rules", [None, W8A8], ids=["full precision", "W8A8"])
-def test_steps_are_the_whole(rules):
+@pytest.mark.parametrize(("config", "rules"), [(CONFIG, None), (SMALL, W8A8)], ids=["full precision", "W8A8"])
+def test_steps_are_the_whole(config, rules):
     """Two hypotheses of each sentence, that change places half-way as in beam search."""
-    model, given = EncoderDecoder(CONFIG, policy=rules), variables(rules)
+    model, given = EncoderDecoder(config, policy=rules), variables(config, rules)
     check = functools.partial(np.testing.assert_allclose, atol=2e-5) if rules is None else close_to_all_but_a_few
     want = np.stack([forward(model, given, SOURCE, target).logits for target in (TARGET, OTHER)], 1)
     memory, cache = start(model, given, SOURCE), model.empty_cache(2, 2, 6)
@@ -179,7 +180,7 @@ def test_tied_matrices_collect_all_gradients():
     flat = traverse_util.flatten_dict(tied, sep="/")
     three = flat | {"decoder/embeddings/word/table": table, "generator/kernel": table.T}
     three = traverse_util.unflatten_dict(three, sep="/")
-    one, each = gradients(EncoderDecoder(TIED), tied), gradients(EncoderDecoder(CONFIG), three)
+    one, each = gradients(EncoderDecoder(TIED), tied), gradients(EncoderDecoder(SMALL), three)
     total = each["encoder/embeddings/word/table"] + each["decoder/embeddings/word/table"] + each["generator/kernel"].T
     np.testing.assert_allclose(one["encoder/embeddings/word/table"], total, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(one["generator/bias"], each["generator/bias"], rtol=1e-3, atol=1e-6)
@@ -232,9 +233,8 @@ def test_short_names_reach_encoder_and_decoder():
 
 def test_initial_values():
     """Xavier-uniform matrices, biases within 1/sqrt(in) and all different, norms at 1 and 0."""
-    found = traverse_util.flatten_dict(
-        EncoderDecoder(CONFIG).init(jax.random.key(1), SOURCE, TARGET)["params"], sep="/"
-    )
+    made = jax.jit(EncoderDecoder(CONFIG).init)(jax.random.key(1), SOURCE, TARGET)
+    found = traverse_util.flatten_dict(made["params"], sep="/")
     biases = set()
     for path, value in found.items():
         if path.endswith(("norm/scale", "norm/bias")):
@@ -249,12 +249,12 @@ def test_initial_values():
 
 
 def test_training_draws_dropout():
-    model = EncoderDecoder(dataclasses.replace(CONFIG, decoder_layers=1))
-    given = {"params": params(model.config)}
-    once, again = (
-        model.apply(given, SOURCE, TARGET, deterministic=False, rngs={"dropout": jax.random.key(seed)}).logits
-        for seed in (0, 1)
-    )
+    @jax.jit
+    def train(key):
+        model, rngs = EncoderDecoder(SMALL), {"dropout": key}
+        return model.apply({"params": params(SMALL)}, SOURCE, TARGET, deterministic=False, rngs=rngs).logits
+
+    once, again = (train(jax.random.key(seed)) for seed in (0, 1))
     assert not np.allclose(once, again) and np.all(np.isfinite(once))
 
 
