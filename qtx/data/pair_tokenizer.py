@@ -15,16 +15,18 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sacremoses import MosesDetokenizer, MosesTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qtx.data.parallel import Pairs
 from qtx.data.tasks import TranslationTask
 from qtx.errors import UserError, near_misses
 from qtx.files import write_text
+
+if TYPE_CHECKING:
+    from sacremoses import MosesDetokenizer, MosesTokenizer
 
 UNK, PAD, BOS, EOS = range(4)
 SPECIALS = ("<unk>", "<pad>", "<s>", "</s>")
@@ -405,14 +407,18 @@ def vocabulary(sentences: Iterable[Sequence[str]], min_count: int = 2) -> list[s
     return sorted(kept, key=lambda word: (-counts[word], word))
 
 
-# Their rules are compiled from long expressions, and known for the languages that have any; others take the English ones.
+# Importing sacremoses takes half a second. Languages without rules of their own take the English ones.
 @functools.cache
 def _tokenizer(language: str) -> MosesTokenizer:
+    from sacremoses import MosesTokenizer
+
     return MosesTokenizer(lang=language)
 
 
 @functools.cache
 def _detokenizer(language: str) -> MosesDetokenizer:
+    from sacremoses import MosesDetokenizer
+
     return MosesDetokenizer(lang=language)
 
 

@@ -251,9 +251,9 @@ def _folder(task: TranslationTask, data_dir: str | os.PathLike[str] | None, exam
     searched = places(data_dir, (task.name,))
     folder = next((path for path in searched if path.is_dir()), None)
     if folder is None:
-        looked = str(searched[0]) if searched else "a data directory, as none is set"
+        looked = f"no {searched[0]}" if searched else "no data directory is set"
         raise UserError(
-            f"{task.name}: no {looked}; point --data_dir or QTX_DATA_DIR at a folder with {task.name}/{example}, "
+            f"{task.name}: {looked}; point --data_dir or QTX_DATA_DIR at a folder with {task.name}/{example}, "
             "or take ted_talks, which tensorflow-datasets downloads"
         )
     return folder

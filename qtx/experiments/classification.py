@@ -60,7 +60,7 @@ class Classification(Experiment):
         dataset = load_dataset(config)
         tokenizer = data.load_tokenizer(directory)
         data.check_tokenizer(tokenizer, sizes.vocab_size)
-        model, ranges, pretrained = load_model(config, directory, dataset.task.num_labels)
+        model, ranges, pretrained = load_model(config, dataset.task.num_labels)
         length = config.data.max_length
         encoded = {name: data.encode(tokenizer, split, length) for name, split in dataset.splits.items()}
         return cls(config, tokenizer, pretrained, model, ranges, encoded, mesh, dataset)

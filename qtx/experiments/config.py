@@ -213,7 +213,8 @@ def sweeping(**fields: Any) -> ConfigDict:
             "metric": "score",  # what the table shows
             "columns": "",  # axis that runs along the top of the table
             "mean": "mean",  # name of the column with the mean over those columns
-            "orderings": (),  # claims to look at: (row, '>' or '~' (within a point), row)
+            "orderings": (),  # claims: (row, relation, row); '>', '~' (near), '>=' (above or near)
+            "near": 0.01,  # of the metric: what orderings take for equal
             "heartbeat": 60,  # seconds between signs of life; five times as long without one and a trial is given away
             "keep_checkpoints": False,  # of trials that are done
         }

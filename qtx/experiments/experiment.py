@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +19,7 @@ from qtx.analysis.amplify import amplify
 from qtx.errors import UserError, near_misses
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
 from qtx.methods.calibrate import with_frozen_weights
+from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo, list_sites
 from qtx.train.phase import Objective, inputs, task_loss
 from qtx.train.sharding import make_mesh
@@ -67,6 +67,11 @@ class Experiment(abc.ABC):
         key = jax.random.key(self.config.seed) if drawn else None
         model, params = with_frozen_weights(model, self.sites(), variables["params"], variables["ranges"], key)
         return model, {**variables, "params": params}
+
+    @property
+    def measured(self) -> str:
+        """How metrics were computed, where their names do not say it; the title of result tables."""
+        return ""
 
     @property
     def objective(self) -> Objective:
@@ -172,13 +177,12 @@ def check_model(section: ConfigDict, model_parallel: int) -> Mesh:
 
 
 def load_model(
-    config: ConfigDict, directory: Path, num_labels: int | None, **sizes: Any
+    config: ConfigDict, num_labels: int | None, **sizes: Any
 ) -> tuple[nn.Module, dict[str, Any], models.Pretrained]:
     """Loads or makes the model that the section `model` describes.
 
     Args:
       config: the configuration.
-      directory: of the checkpoint; not read for a model from nothing.
       num_labels: width of the head; None: the model has no labels.
       **sizes: of a model from nothing, beside those in the section.
 
@@ -186,7 +190,8 @@ def load_model(
       The module (of a packed artifact: with its policy), the ranges of an artifact, and the checkpoint.
     """
     dtype = DTYPES[config.model.dtype]
-    if not from_nothing(config.model) and (directory / WEIGHTS_FILE).is_file():
+    directory = None if from_nothing(config.model) else models.locate(config.model.name)
+    if directory is not None and (directory / WEIGHTS_FILE).is_file():
         artifact = load_quantized(directory)
         theirs = getattr(artifact.config, "num_labels", None)
         if theirs != num_labels:
@@ -197,12 +202,14 @@ def load_model(
     rates = {field: config.model[field] for field in fields if config.model[field] is not None}
     if config.model.fresh_head and num_labels is not None:
         rates["pooling"] = config.model.pooling
-    if from_nothing(config.model):
+    if directory is None:
         rates = config.model.sizes.to_dict() | sizes | rates
         pretrained = models.create(config.model.name, num_labels, config.seed, config.model.start, **rates)
     else:
         pretrained = models.load(str(directory), num_labels, config.model.fresh_head, config.seed, **rates)
     if config.model.amplify.sites:
+        if not isinstance(pretrained.config, BertConfig):
+            raise UserError("model.amplify is for encoders with a classifier; leave model.amplify.sites empty")
         harder = amplify(pretrained.params, pretrained.config, **config.model.amplify)
         pretrained = dataclasses.replace(pretrained, params=harder)
     return pretrained.family.module(config=pretrained.config, dtype=dtype), {}, pretrained

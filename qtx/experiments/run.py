@@ -158,7 +158,7 @@ def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
         plot_curves(curves, workdir / "curves.png")
     names = list(dict.fromkeys(name for values in found.values() for name in values))
     rows = [[phase, *(values.get(name) for name in names), seconds[phase]] for phase, values in found.items()]
-    table = Table(["phase", *names, "seconds"], rows)
+    table = Table(["phase", *names, "seconds"], rows, title=experiment.measured)
     table.print()
     table.save(workdir, "report")
     return {**variables, "metrics": found, "experiment": experiment}
@@ -263,7 +263,7 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     full = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
     columns = ["model", *before, "MiB of weights"]
     rows = [["full precision", *before.values(), full / 2**20], ["quantized", *after.values(), size / 2**20]]
-    table = Table(columns, rows)
+    table = Table(columns, rows, title=experiment.measured)
     table.print()
     table.save(workdir, "report")
     result = {"full_precision": before, "quantized": after, "weight_bytes": size}
@@ -283,7 +283,7 @@ def evaluate(config: ConfigDict, workdir: str | Path | None = None) -> dict[str,
     experiment = setup(config)
     require_trained(experiment)
     values = experiment.evaluate(experiment.model, experiment.variables)
-    Table(["model", *values], [[config.model.name, *values.values()]]).print()
+    Table(["model", *values], [[config.model.name, *values.values()]], title=experiment.measured).print()
     if workdir:
         save_config(config, workdir)
         write_text(Path(workdir) / "result.json", json.dumps(values, indent=2))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from qtx.train.translation import corpus_scores, published_bleu, trimmed
+from qtx.train.translation_metrics import nltk_bleu, sacrebleu_scores
 
 from qtx import models
 from qtx.data import pair_tokenizer
@@ -66,7 +66,6 @@ class Translation(Experiment):
         dataset = load_dataset(config)
         train = dataset.splits["train"]
         if from_nothing(config.model):
-            directory = None
             tokenizer = pair_tokenizer.fit(c.tokenizer, train, dataset.task, c.vocabulary, c.joint)
         else:
             directory = models.locate(config.model.name)
@@ -74,7 +73,6 @@ class Translation(Experiment):
             tokenizer.check_sizes(sizes.source_vocab_size, sizes.target_vocab_size)
         model, ranges, pretrained = load_model(
             config,
-            directory,
             None,
             source_vocab_size=tokenizer.source_vocab_size,
             target_vocab_size=tokenizer.target_vocab_size,
@@ -84,6 +82,11 @@ class Translation(Experiment):
             for name, split in dataset.splits.items()
         }
         return cls(config, tokenizer, pretrained, model, ranges, encoded, mesh, dataset)
+
+    @property
+    def measured(self) -> str:
+        """The signatures of sacrebleu's scores."""
+        return "; ".join(f"{score.name}|{score.signature}" for score in sacrebleu_scores(["a"], ["a"]).values())
 
     @property
     def objective(self) -> Objective:
@@ -133,9 +136,12 @@ class Translation(Experiment):
             encoded, references = self.encoded[split], self.dataset.splits[split].target
             ids = translate_all(model, variables, encoded.source, decoding, self.mesh, drawn)
             prefix = "" if split == "validation" else f"{split}_"
-            values = corpus_scores(self.tokenizer.decode_target(ids), references)
+            texts = self.tokenizer.decode_target(ids)
+            values = {name: score.value for name, score in sacrebleu_scores(texts, references).items()}
             if config.translation.published_bleu:
-                values["published_bleu"] = 100 * published_bleu(trimmed(ids), [list(row) for row in encoded.target])
+                pad = self.pretrained.config.pad_token_id
+                tokens = [[token for token in row if token != pad] for row in ids.tolist()]
+                values["published_bleu"] = 100 * nltk_bleu(tokens, [row.tolist() for row in encoded.target])
             values["loss"] = self.loss(model, variables, split)
             found |= {prefix + name: value for name, value in values.items()}
         return found | ({"score": found["bleu"] / 100} if "bleu" in found else {})

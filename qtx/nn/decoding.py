@@ -46,6 +46,10 @@ class Markers(NamedTuple):
     pad: int = 1
 
 
+MARKERS = Markers()
+"""The ids of the published vocabularies."""
+
+
 class Decoded(NamedTuple):
     """What a search found for each sentence.
 
@@ -76,7 +80,7 @@ def greedy(
     limit: int,
     *,
     alpha: float = 0.6,
-    markers: Markers = Markers(),
+    markers: Markers = MARKERS,
 ) -> Decoded:
     """Takes the most probable token at each position, the lowest of equals.
 
@@ -99,9 +103,8 @@ def greedy(
         position, tokens, lengths, sums, open_, cache = state
         logits, cache = step(cache, lax.dynamic_index_in_dim(tokens, position, 1), position)
         logits = logits[:, 0].astype(jnp.float32)
-        token = jnp.argmax(logits, -1).astype(jnp.int32)
-        chosen = jnp.max(logits, -1)
-        sums += jnp.where(open_, -_log_sum(logits, chosen), 0)
+        greatest, token = (x[:, 0] for x in _best(logits, 1))
+        sums += jnp.where(open_, -_log_sum(logits, greatest), 0)
         tokens = tokens.at[:, position + 1].set(jnp.where(open_, token, markers.pad))
         return position + 1, tokens, lengths + open_, sums, open_ & (token != markers.eos), cache
 
@@ -147,7 +150,7 @@ def beam_search(
     limit: int,
     *,
     alpha: float = 0.6,
-    markers: Markers = Markers(),
+    markers: Markers = MARKERS,
 ) -> Decoded:
     """Keeps the `beam` best hypotheses of each sentence, and answers with the best finished one.
 
@@ -175,7 +178,7 @@ def beam_search(
     return end_beam(lax.while_loop(lambda s: (s.position < limit) & jnp.any(s.open), body, state), alpha)
 
 
-def begin_beam(cache: Cache, real: jax.Array, beam: int, limit: int, markers: Markers = Markers()) -> BeamState:
+def begin_beam(cache: Cache, real: jax.Array, beam: int, limit: int, markers: Markers = MARKERS) -> BeamState:
     """Returns the state before the first token: one hypothesis, the begin token. Arguments as in `beam_search`."""
     _check(limit, beam)
     batch = real.shape[0]
@@ -197,7 +200,7 @@ def begin_beam(cache: Cache, real: jax.Array, beam: int, limit: int, markers: Ma
     )
 
 
-def beam_step(step: Step, state: BeamState, *, alpha: float, markers: Markers = Markers()) -> BeamState:
+def beam_step(step: Step, state: BeamState, *, alpha: float, markers: Markers = MARKERS) -> BeamState:
     """Returns the state one token later. Arguments as in `beam_search`."""
     batch, beam, width = state.tokens.shape
     factors = length_factors(width - 1, alpha)
@@ -207,8 +210,7 @@ def beam_step(step: Step, state: BeamState, *, alpha: float, markers: Markers = 
 
     # The best tokens of each hypothesis are enough, and ranking logits first needs no log probability of all the others.
     logits = logits.astype(jnp.float32)
-    # Behind the barrier, because a slice of the result that XLA merges with the operation turns it into a sort of everything.
-    top, tokens = lax.optimization_barrier(lax.top_k(logits, min(2 * beam, logits.shape[-1])))
+    top, tokens = _best(logits, min(2 * beam, logits.shape[-1]))
     count = tokens.shape[-1]
     log_probs = (top - top[..., :1]) - _log_sum(logits, top[..., 0])[..., None]
     before = state.sums[..., None]
@@ -278,6 +280,15 @@ def _begin(shape: tuple[int, ...], limit: int, markers: Markers) -> jax.Array:
     return jnp.full((*shape, limit + 1), markers.pad, jnp.int32).at[..., 0].set(markers.bos)
 
 
+def _best(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The greatest logits and their tokens, the lowest of equals first: `[..., V]` -> `[..., count]` twice.
+
+    Also for one of them: on CPU, `argmax` takes three times as long. The barrier is there because a slice of the result that
+    XLA merges with the operation would make it a sort of the whole vocabulary.
+    """
+    return lax.optimization_barrier(tuple(lax.top_k(logits, count)))
+
+
 def _log_sum(logits: jax.Array, greatest: jax.Array) -> jax.Array:
     """Log of the sum of exp(logits - greatest): minus the log probability of the greatest. `[..., V]`, `[...]` -> `[...]`."""
     return jnp.log(jnp.sum(jnp.exp(logits - greatest[..., None]), -1))
@@ -297,6 +308,7 @@ def translate(
     beam: int,
     limit: int,
     alpha: float = 0.6,
+    key: jax.Array | None = None,
 ) -> Decoded:
     """Translates a batch: compiled once for each shape of it, model, beam and limit.
 
@@ -307,6 +319,7 @@ def translate(
       beam: 1 for greedy search.
       limit: tokens generated at most.
       alpha: exponent of the length factor.
+      key: of stochastic rounding, which draws anew for every token, as published; None: rounding is to nearest.
 
     Raises:
       UserError: `beam` or `limit` below 1, or a limit beyond the model's positions.
@@ -317,11 +330,13 @@ def translate(
         raise UserError(f"decoding of up to {limit} tokens: the model has {config.max_positions} positions")
     markers = Markers(config.bos_token_id, config.eos_token_id, config.pad_token_id)
     real = jnp.any(source_ids != config.pad_token_id, -1)
-    memory = model.apply(variables, source_ids, method="start")
+    start = None if key is None else {"rounding": key}
+    memory = model.apply(variables, source_ids, method="start", rngs=start)
     cache = model.apply(variables, source_ids.shape[0], beam, limit, method="empty_cache")
 
     def step(cache: Cache, tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, Cache]:
-        return model.apply(variables, memory, cache, tokens, position, method="step")
+        rngs = None if key is None else {"rounding": jax.random.fold_in(key, position)}
+        return model.apply(variables, memory, cache, tokens, position, method="step", rngs=rngs)
 
     if beam == 1:
         return greedy(step, cache, real, limit, alpha=alpha, markers=markers)

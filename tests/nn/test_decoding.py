@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtx.errors import UserError
-from qtx.nn.decoding import Decoded, Markers, beam_search, greedy, length_factors
+from qtx.nn.decoding import MARKERS, Decoded, Markers, beam_search, greedy, length_factors
 
 BOS, EOS, PAD = 2, 3, 1
 
@@ -43,13 +43,13 @@ def step_of(logits):
 
 
 @functools.partial(jax.jit, static_argnames=("beam", "limit", "alpha", "markers"))
-def run_beam(logits, real, beam, limit, alpha=0.6, markers=Markers()):
+def run_beam(logits, real, beam, limit, alpha=0.6, markers=MARKERS):
     step, cache = step_of(logits)
     return beam_search(step, cache(beam), real, beam, limit, alpha=alpha, markers=markers)
 
 
 @functools.partial(jax.jit, static_argnames=("limit", "alpha", "markers"))
-def run_greedy(logits, real, limit, alpha=0.6, markers=Markers()):
+def run_greedy(logits, real, limit, alpha=0.6, markers=MARKERS):
     step, cache = step_of(logits)
     return greedy(step, cache(1), real, limit, alpha=alpha, markers=markers)
 
