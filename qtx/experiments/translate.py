@@ -101,7 +101,7 @@ class Translator:
         if unknown and warn is not None:
             warn(f"{unknown} of {len(rows.ids)} source words are not in the vocabulary")
         rows = rows.cut(max_length)
-        with progress(len(rows), f"translate {self.tokenizer.task.direction}") as bar:
+        with progress(len(rows), f"translate {self.tokenizer.task.direction}", examples_per_step=1) as bar:
             ids = translate_all(self.model, self.variables, rows, decoding, self.mesh, told=bar.update)
         return self.tokenizer.decode_target(ids)
 
