@@ -443,10 +443,6 @@ def calibration(config: ConfigDict) -> Comparison:
     )
 
 
-PREFIX_MULTIPLE = 8
-"""Lengths that `loop_translate` rounds prefixes up to."""
-
-
 @functools.partial(jax.jit, static_argnames=("model", "width", "alpha"))
 def _loop_step(model, variables, encoded, source_mask, state, *, width: int, alpha: float):
     """One token of `loop_translate`, for prefixes of up to `width` tokens."""
@@ -474,12 +470,20 @@ def _encode(model, variables, source_ids):
 
 
 def loop_translate(
-    model: EncoderDecoder, variables: Mapping[str, Any], source_ids: jax.Array, *, beam: int, limit: int, alpha: float
+    model: EncoderDecoder,
+    variables: Mapping[str, Any],
+    source_ids: jax.Array,
+    *,
+    beam: int,
+    limit: int,
+    alpha: float,
+    multiple: int,
 ) -> Decoded:
     """Beam search as one would write it first: a loop over tokens, a decoder pass over the whole prefix for each, no cache.
 
-    Nothing else is slower than in `qtx.nn.decoding.translate`: the source is encoded once, and each pass is compiled
-    (for prefixes rounded up to a multiple of 8, with the same selection of hypotheses).
+    Nothing else is slower than in `qtx.nn.decoding.translate`: the source is encoded once, and a pass is compiled, with the
+    same selection of hypotheses. Prefixes are padded to a multiple of `multiple`: at `limit` one program serves all steps,
+    with less there are more programs, of less work.
     """
     c = model.config
     encoded, mask = _encode(model, variables, source_ids)
@@ -489,7 +493,7 @@ def loop_translate(
     for position in range(limit):
         if not jnp.any(state.open):
             break
-        width = min(limit, -(-(position + 1) // PREFIX_MULTIPLE) * PREFIX_MULTIPLE)
+        width = min(limit, -(-(position + 1) // multiple) * multiple)
         state = _loop_step(model, variables, encoded, mask, state, width=width, alpha=alpha)
     return end_beam(state, alpha)
 
@@ -522,7 +526,7 @@ def decode(config: ConfigDict) -> Comparison:
         return translate(model, variables, source, **options)
 
     def theirs() -> Decoded:
-        return loop_translate(model, variables, source, **options)
+        return loop_translate(model, variables, source, **options, multiple=c.prefix_multiple)
 
     a, b = ours(), theirs()
     same = float(jnp.mean(jnp.all(a.tokens == b.tokens, -1)))
@@ -533,7 +537,7 @@ def decode(config: ConfigDict) -> Comparison:
         ours,
         theirs,
         f"beam {c.beam}, one program with a cache, {c.batch} sentences, {words_each:.0f} tokens each",
-        "loop over tokens without a cache",
+        f"loop over tokens without a cache, prefixes padded to a multiple of {c.prefix_multiple}",
         c.rounds,
         Bar(5.0, at_least=True),
     )
