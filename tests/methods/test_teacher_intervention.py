@@ -1,0 +1,320 @@
+"""What interventions replace, which gradients they cut, when they are on, and what they cost in compilations."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from qtx import policy, symmetric, ternary
+from qtx.errors import UserError
+from qtx.methods.distillation import LOSS_SETS, Distillation, Teacher, distillation_phase
+from qtx.methods.teacher_intervention import (
+    KINDS,
+    Interventions,
+    detach,
+    intervene,
+    intervention_phase,
+    two_steps,
+    unreached,
+    with_teacher,
+)
+from qtx.nn import BertClassifier
+from qtx.quant.policy import matches
+from qtx.train.optimizer import OptimizerConfig, make_optimizer
+from qtx.train.phase import Phase, Span, make_state, make_step
+from tests.methods.test_distillation import batch_of, forward_of, other_params
+from tests.nn import tiny
+
+PAIRS = ((0, 0), (1, 1))
+POLICY = policy(weights={"**/kernel": ternary(), "wC": None}, inputs=symmetric(8, range="dynamic"))
+TEACHER = BertClassifier(tiny.CONFIG)
+STUDENT = BertClassifier(tiny.CONFIG, policy=POLICY)
+SIGNALS = forward_of(TEACHER, tiny.params())(batch_of(), capture=True)[1]
+CAPTURES = traverse_util.flatten_dict(SIGNALS, sep="/")
+INTERNAL = ("context", "self_output", "maps", "value_relations")
+
+# Linear layers of an attention block that a loss trains in each mode (specification, section 4.2).
+SCRIPT = LOSS_SETS["teacher_intervention"]
+ALL = {"query", "key", "value", "out"}
+TRAINED = {
+    (): {"script": ALL, "scores": ALL},
+    ("map",): {"script": ALL, "scores": {"query", "key"}, "logits": {"value", "out"}},
+    ("context",): {"script": {"query", "key", "out"}, "scores": {"query", "key"}, "logits": {"out"}},
+    ("output",): {"script": {"query", "key"}, "scores": {"query", "key"}, "logits": set()},
+    ("map", "context"): {"script": {"query", "key", "out"}},
+    ("map", "context", "output"): {"script": {"query", "key"}},
+}
+
+
+def losses_of(name):
+    return SCRIPT if name == "script" else {name: 1.0}
+
+
+def objective(losses, kinds=(), student=STUDENT):
+    interventions = Interventions.named("+".join(kinds), PAIRS) if kinds else None
+    return Distillation(student, TEACHER, losses, PAIRS, intervene=interventions)
+
+
+def gradients(losses, kinds=()):
+    """Gradients of a set of losses, flat, by path."""
+    target, constants = objective(losses, kinds), {"params": tiny.params()}
+
+    def total(params):
+        return target(forward_of(STUDENT, params), batch_of(), constants)[0]
+
+    return traverse_util.flatten_dict(jax.grad(total)(other_params()), sep="/")
+
+
+def trained_layers(grads, layer):
+    """The linear layers of an attention block with a gradient, kernels and biases alike."""
+    found = {}
+    for name, leaf in itertools.product(sorted(ALL), ("kernel", "bias")):
+        found[name, leaf] = bool(np.any(np.asarray(grads[f"encoder/layer_{layer}/attention/{name}/{leaf}"]) != 0))
+    for name in ALL:
+        assert found[name, "kernel"] == found[name, "bias"], name
+    return {name for name in ALL if found[name, "kernel"]}
+
+
+@pytest.mark.parametrize(("kinds", "name"), [(kinds, name) for kinds, by_loss in TRAINED.items() for name in by_loss])
+def test_gradients_are_exactly_zero_where_the_rule_says(kinds, name):
+    grads = gradients(losses_of(name), kinds)
+    # Without an intervention the scores of the last layer reach its queries and keys alone.
+    assert trained_layers(grads, 0) == TRAINED[kinds][name]
+    if name == "scores":
+        rest = [f"encoder/layer_{i}/{part}" for i in range(2) for part in ("ffn/up/kernel", "attention/norm/scale")]
+        assert any(np.any(np.asarray(grads[path]) != 0) for path in rest) == (not kinds)
+        assert trained_layers(grads, 1) == {"query", "key"}
+    else:
+        assert trained_layers(grads, 1) == TRAINED[kinds][name]
+        for path in ("encoder/embeddings/word/table", "encoder/layer_0/ffn/down/kernel", "classifier/kernel"):
+            assert np.any(np.asarray(grads[path]) != 0), path
+
+
+@pytest.mark.parametrize("kinds", [k for k in TRAINED if k], ids="+".join)
+@pytest.mark.parametrize("losses", [SCRIPT, SCRIPT | {"self_output": 1.0}, SCRIPT | {"context": 1.0}], ids=len)
+def test_names_of_what_no_loss_reaches(kinds, losses):
+    """They are those of the layers with a zero gradient."""
+    patterns = unreached(kinds, losses)
+    grads = gradients(losses, kinds)
+    named = {path for path in grads if any(matches(pattern, path) for pattern in patterns)}
+    assert named == {path for path, value in grads.items() if np.all(np.asarray(value) == 0)}
+
+
+def test_names_of_what_single_losses_do_not_reach():
+    assert unreached((), ["scores"]) == ()
+    assert unreached(["output"], ["logits"]) == tuple(f"**/attention/{n}/*" for n in ("query", "key", "value", "out"))
+    assert unreached(["map"], ["scores"]) == ("**/attention/value/*", "**/attention/out/*")
+    assert unreached(["map"], ["logits"]) == ("**/attention/query/*", "**/attention/key/*")
+    assert unreached(["context"], ["value_relations", "logits"]) == ("**/attention/query/*", "**/attention/key/*")
+
+
+# Values
+
+
+def apply(model, params, collections=None, **options):
+    args = [batch_of()[name] for name in model.inputs]
+    return model.apply({"params": params, **(collections or {})}, *args, **options)
+
+
+def test_without_gates_it_is_the_plain_model_bit_for_bit():
+    def outputs(collections):
+        return apply(STUDENT, other_params(), collections)
+
+    want = jax.jit(outputs)({})
+    off = intervene(dict.fromkeys(KINDS, jnp.asarray(False)), CAPTURES, PAIRS)
+    got = jax.jit(outputs)(off)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_every_layer_is_replaced_and_the_students_own_tensors_are_captured():
+    args = other_params(), intervene({"output": True}, CAPTURES, PAIRS)
+    outputs, found = apply(STUDENT, *args, mutable=["captures"])
+    plain, own = apply(STUDENT, other_params(), mutable=["captures"])
+    first = "encoder/layer_0/attention/out/output"
+    flat, flat_own = (traverse_util.flatten_dict(c["captures"], sep="/") for c in (found, own))
+    np.testing.assert_array_equal(flat[first], flat_own[first])
+    residual = flat["encoder/layer_0/attention/residual"]
+    np.testing.assert_allclose(residual, CAPTURES[first] + outputs.hidden_states[0], rtol=1e-6)
+    second = flat["encoder/layer_1/attention/residual"]
+    theirs = CAPTURES["encoder/layer_1/attention/out/output"]
+    np.testing.assert_allclose(second, theirs + outputs.hidden_states[1], rtol=1e-6)
+    assert np.any(np.asarray(outputs.logits) != np.asarray(plain.logits))
+
+
+def test_replaced_maps_go_through_dropout_and_then_the_grid():
+    """The grid of the product's input sees what dropout left: its largest value is larger than a probability."""
+    config = dataclasses.replace(tiny.ONE_LAYER, attention_dropout=0.5)
+    model = BertClassifier(config, policy=policy(inputs={"**/probs_dropped": symmetric(8, range="dynamic")}))
+    site = "encoder/layer_0/attention/probs"
+    given = intervene({"map": True}, {site: jnp.full_like(CAPTURES[site], 1.0)}, ((0, 0),))
+    _, found = apply(
+        model,
+        tiny.params(tiny.ONE_LAYER),
+        given,
+        deterministic=False,
+        mutable=["captures"],
+        rngs={"dropout": jax.random.key(1)},
+    )
+    flat = traverse_util.flatten_dict(found["captures"], sep="/")
+    assert float(flat[site].max()) <= 1 and set(np.unique(flat[f"{site}_dropped"])) == {0.0, 2.0}
+
+
+def test_layers_of_a_deeper_teacher():
+    given = intervene(
+        {"map": True}, {f"encoder/layer_{i}/attention/probs": jnp.full((1,), i) for i in range(4)}, ((0, 1), (1, 3))
+    )
+    values = [given["teacher"]["encoder"][f"layer_{i}"]["attention"]["probs"]["value"] for i in range(2)]
+    assert [int(v[0]) for v in values] == [1, 3]
+
+
+def test_the_gradient_rule_alone():
+    """Without signals of a teacher the values are the student's own, and the gradients are cut all the same."""
+    given = detach({"map": True}, [0, 1])
+    want, got = (apply(STUDENT, other_params(), c) for c in ({}, given))
+    np.testing.assert_array_equal(got.logits, want.logits)
+    flags = given["detach"]["encoder"]["layer_0"]["attention"]
+    assert {name: bool(flag["input"]) for name, flag in flags.items()} == {"query": True, "key": True, "value": False}
+
+
+# Schedules
+
+
+def kinds_on(schedule, length, key=None):
+    found = Interventions.named(schedule, PAIRS)
+    steps = range(length)
+    keys = [None] * length if key is None else [jax.random.fold_in(key, step) for step in steps]
+    return ["+".join(k for k, on in found.gates(step, length, keys[step]).items() if on) for step in steps]
+
+
+def test_schedules_by_step():
+    assert kinds_on("gradual", 60) == ["output"] * 10 + ["context"] * 10 + ["map"] * 40
+    assert kinds_on("gradual", 50)[:18] == ["output"] * 9 + ["context"] * 8 + ["map"]
+    assert kinds_on("inverted", 60) == ["map"] * 20 + ["context"] * 20 + ["output"] * 20
+    assert kinds_on("map+output", 2) == ["map+output"] * 2
+
+
+def test_a_drawn_schedule_has_one_kind_a_step_each_as_often():
+    found = kinds_on("stochastic", 90, jax.random.key(0))
+    counts = [found.count(kind) for kind in KINDS]
+    assert sum(counts) == 90 and min(counts) > 15
+    assert kinds_on("stochastic", 10, jax.random.key(0)) == found[:10]
+
+
+def phase_of(model=STUDENT, **fields):
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup=0.0, schedule="constant", weight_decay=0.0)
+    return Phase("distil", model, optimizer, **fields)
+
+
+def test_one_compiled_step_for_all_kinds_of_a_schedule():
+    """What moves with each step tells which kind was on: projections without gradient stay where they are."""
+    teacher = Teacher(TEACHER, {"params": tiny.params()})
+    phase = intervention_phase(phase_of(steps=12), teacher, "gradual")
+    optimizer = make_optimizer(phase.optimizer, 12)
+    span, traces = Span(0, 5, 12, 12), []
+    step = make_step(phase, optimizer, seed=0, span=span)
+
+    def counted(*args):
+        traces.append(1)
+        return step(*args)
+
+    compiled = jax.jit(counted)
+    state = make_state(phase, {"params": other_params()}, optimizer, 5, batch_of())
+    moved = []
+    for _ in range(6):
+        before = state.trained
+        state, _ = compiled(state, batch_of(), phase.constants)
+        path = "params/encoder/layer_1/attention/{}/kernel"
+        moved.append([bool(np.any(state.trained[path.format(n)] != before[path.format(n)])) for n in ("out", "value")])
+    assert len(traces) == 1
+    # Two steps each of output and context, then the map: what was not trained yet has no momentum either.
+    assert moved == [[False, False]] * 2 + [[True, False]] * 2 + [[True, True]] * 2
+
+
+def test_parts_of_a_batch_share_one_draw(monkeypatch):
+    seen = []
+    gates = Interventions.gates
+
+    def recorded(self, taken, length, key=None):
+        found = gates(self, taken, length, key)
+        jax.debug.callback(lambda **on: seen.append(tuple(k for k, v in on.items() if v)), **found)
+        return found
+
+    monkeypatch.setattr(Interventions, "gates", recorded)
+    config = tiny.ONE_LAYER
+    model, params = BertClassifier(config), {"params": tiny.params(config)}
+    phase = phase_of(model, steps=8, accumulate=2)
+    phase = intervention_phase(phase, Teacher(model, params), "stochastic", {"scores": 1.0})
+    optimizer = make_optimizer(phase.optimizer, 8)
+    batch = batch_of(lengths=(6, 4, 2, 5), labels=(0, 1, 2, 0))
+    state = make_state(phase, params, optimizer, 0, batch)
+    step = jax.jit(make_step(phase, optimizer, 0, Span(0, 0, 8, 8)))
+    drawn = []
+    for _ in range(6):
+        seen.clear()
+        state, _ = step(state, batch, phase.constants)
+        jax.effects_barrier()
+        assert len(seen) == 2 and seen[0] == seen[1] and len(seen[0]) == 1
+        drawn.append(seen[0])
+    assert len(set(drawn)) > 1
+
+
+# Recipes and evaluation
+
+
+def test_the_two_steps():
+    teacher = Teacher(TEACHER, {"params": tiny.params()})
+    first, second = two_steps(phase_of(), teacher, "gradual", first=3, steps=10)
+    assert (first.name, first.steps, second.name, second.steps) == ("distil_step_1", 3, "distil", 7)
+    assert first.objective.intervene.stages[0].kinds == ("output",)
+    assert second.objective.intervene is None and first.constants is second.constants
+    assert first.objective.losses == second.objective.losses == SCRIPT
+    baseline = distillation_phase(phase_of(steps=10), teacher, LOSS_SETS["ternarybert"])
+    assert baseline.steps == first.steps + second.steps
+
+
+def test_evaluation_with_the_teachers_tensors():
+    params = {"params": other_params()}
+    teacher = Teacher(TEACHER, {"params": tiny.params()})
+    phase = intervention_phase(phase_of(steps=3), teacher, "gradual")
+    args = [batch_of()[name] for name in STUDENT.inputs]
+    for kinds in ("output", "map+context"):
+        model, variables = with_teacher(phase, params, kinds)
+        hash(model)
+        given = intervene(dict.fromkeys(kinds.split("+"), True), CAPTURES, PAIRS)
+        want = apply(STUDENT, other_params(), given).logits
+        np.testing.assert_array_equal(model.apply(variables, *args).logits, want)
+    assert model.inputs == STUDENT.inputs and model.policy is POLICY
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("schedule", "changes", "named"),
+    [
+        ("gradul", {}, "'gradual'"),
+        ("map+outputs", {}, "'output'"),
+        (
+            "map",
+            {"num_heads": 3},
+            r"'map': .* of the student has the shape \(1, 2, 4, 4\), .* of the teacher \(1, 3, 4, 4\)",
+        ),
+        ("context", {"hidden_size": 16}, r"'context': .*\(1, 4, 12\), .*\(1, 4, 16\)"),
+    ],
+)
+def test_interventions_that_do_not_fit(schedule, changes, named):
+    teacher = Teacher(BertClassifier(dataclasses.replace(tiny.CONFIG, **changes)), {})
+    with pytest.raises(UserError, match=named) as caught:
+        intervention_phase(phase_of(), teacher, schedule, {"logits": 1.0})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("first", [0, 10, 60])
+def test_a_first_step_that_is_longer_than_the_run(first):
+    teacher = Teacher(TEACHER, {})
+    with pytest.raises(UserError, match=f"'distil': a first step of {first} steps does not fit into a run of 10"):
+        two_steps(phase_of(), teacher, "gradual", first=first, steps=10)
