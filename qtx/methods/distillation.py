@@ -243,8 +243,8 @@ class Distillation:
       padding: `'published'`: padding counts in squared errors as tokens do, and the scores are compared as in
         `published_score_error`.
       relation_heads: of the relations; 0: as many as the student has heads.
-      intervene: makes further collections for the student from the teacher's captures, see
-        `qtx.methods.teacher_intervention`.
+      intervene: makes collections for the student from the teacher's captures, see `qtx.methods.teacher_intervention`.
+      collections: further ones that the student has in every step, see `qtx.nn.sites`.
 
     Raises:
       UserError: an unknown loss or rule, or a value out of range.
@@ -258,6 +258,7 @@ class Distillation:
     padding: Padding = "ignore"
     relation_heads: int = 0
     intervene: Intervene | None = None
+    collections: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for name, weight in self.losses.items():
@@ -282,7 +283,8 @@ class Distillation:
         """Runs teacher and student, and returns each loss that has a weight, `[B]`."""
         teacher, masks = self.teach(batch, constants)
         given = {} if self.intervene is None else self.intervene(forward, teacher.captures)
-        outputs, captures = forward(batch, capture=True, **given)
+        both = traverse_util.flatten_dict(self.collections) | traverse_util.flatten_dict(given)
+        outputs, captures = forward(batch, capture=True, **traverse_util.unflatten_dict(both))
         student = Side(self.student, outputs, traverse_util.flatten_dict(captures, sep="/"))
         return {
             name: self._loss(name, student, teacher, masks, batch) for name, weight in self.losses.items() if weight

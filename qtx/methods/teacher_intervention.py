@@ -1,6 +1,10 @@
-"""Teacher intervention (Kim et al. 2023): training steps in which the student goes on with the teacher's tensors.
+"""Teacher intervention: ternary transformers that learn from their own full-precision version.
 
     first, second = two_steps(phase, Teacher(bert, {"params": params}), "gradual", first=60, steps=540)
+
+Kim et al. 2023, "Teacher Intervention: Improving Convergence of Quantization Aware Training for Ultra-Low Precision
+Transformers". The student is that of TernaryBERT (Zhang et al. 2020): ternary weights, a ternary row for every word, and 8 bits
+for what enters a product (`student_policy`).
 
 An intervention replaces one tensor of every layer by the teacher's for the same input, at the sites that the student has
 anyway (collection `teacher` of `qtx.nn.sites`), and cuts the gradient at the inputs of the branch that computes it
@@ -42,7 +46,89 @@ from qtx.methods.distillation import (
     layer_site,
     shapes,
 )
+from qtx.nn.aliases import policy
+from qtx.nn.bert import BertConfig
+from qtx.quant.policy import Policy
+from qtx.quant.spec import Spec, per_channel, ternary
 from qtx.train.phase import Forward, Phase
+
+# --- The student ---
+
+CLIP = (-2.5, 2.5)
+WEIGHTS = ternary(clip=CLIP)
+TABLE = ternary(per_channel(), clip=CLIP)
+ACTIVATIONS = Spec(8, "narrow", range="dynamic", clip=CLIP)
+
+_TABLE = "encoder/embeddings/word/table"
+_ATTENTION = "encoder/layer_*/attention/"
+
+
+def student_policy(
+    weights: Spec = WEIGHTS,
+    table: Spec = TABLE,
+    activations: Spec = ACTIVATIONS,
+    *,
+    emb: bool = True,
+    qkv: bool = True,
+    ffn_1: bool = True,
+    ffn_2: bool = True,
+    cls: bool = True,
+    quantize: bool = True,
+    published: bool = False,
+) -> Policy:
+    """Returns the policy of the student, by the published switches.
+
+    Weights and inputs of the chosen linear layers are on grids, and query, key, value and the attention map with `qkv`.
+    Position and token-type tables, norms, biases and the classifier stay in full precision.
+
+    Args:
+      weights: grid of the matrices.
+      table: grid of the word table.
+      activations: grid of the inputs of linear layers and of what enters the products of attention.
+      emb: the word table.
+      qkv: the four linear layers of attention.
+      ffn_1: the first linear layer of the perceptron.
+      ffn_2: its second one.
+      cls: the pooler's linear layer (not the classifier).
+      quantize: False: nothing is quantized.
+      published: ranges of activations include padding; `quantize` does not reach attention's output projection, and no switch
+        query, key, value and the map, which are always on their grids.
+    """
+    if published:
+        estimator = dataclasses.replace(activations.estimator, padding="include")
+        activations = dataclasses.replace(activations, estimator=estimator)
+    layers = {
+        _ATTENTION + "query": qkv and quantize,
+        _ATTENTION + "key": qkv and quantize,
+        _ATTENTION + "value": qkv and quantize,
+        _ATTENTION + "out": qkv and (quantize or published),
+        "encoder/layer_*/ffn/up": ffn_1 and quantize,
+        "encoder/layer_*/ffn/down": ffn_2 and quantize,
+        "pooler/dense": cls and quantize,
+    }
+    chosen = [layer for layer, on in layers.items() if on]
+    kernels: dict[str, Spec | None] = {f"{layer}/kernel": weights for layer in chosen}
+    entering = {f"{layer}/input": activations for layer in chosen}
+    outputs: dict[str, Spec | None] = {}
+    if published or (qkv and quantize):
+        outputs = {f"{_ATTENTION}{name}/output": activations for name in ("query", "key", "value")}
+        entering[_ATTENTION + "probs_dropped"] = activations
+    return policy(weights=kernels | ({_TABLE: table} if emb and quantize else {}), activations=outputs, inputs=entering)
+
+
+def untrained_padding(config: BertConfig) -> dict[str, Any]:
+    """Returns the collection that keeps the gradient off the padding row of the word table, to be given to `apply`.
+
+    The row is looked up as ever. Published students have this where their table is quantized.
+
+    Returns:
+      `{"detach": ...}` with bool `[V, 1]` at the table.
+    """
+    row = jnp.arange(config.vocab_size)[:, None] == config.pad_token_id
+    return {"detach": {"encoder": {"embeddings": {"word": {"table": row}}}}}
+
+
+# --- What an intervention is ---
 
 KINDS = {
     "map": LAYER_SITES["maps"],
@@ -50,9 +136,6 @@ KINDS = {
     "output": LAYER_SITES["self_output"],
 }
 Gates = Mapping[str, Any]  # kind: whether it is on, a bool or a traced one
-
-
-# --- What an intervention is ---
 
 
 def detached_inputs(gates: Gates) -> dict[str, Any]:
@@ -83,33 +166,6 @@ def intervene(gates: Gates, captures: Mapping[str, jax.Array], layers: Pairs) ->
             name = layer_site(student, KINDS[kind])
             flat |= {f"{name}/value": captures[layer_site(teacher, KINDS[kind])], f"{name}/gate": gate}
     return {"teacher": traverse_util.unflatten_dict(flat, sep="/"), **detach(gates, [pair[0] for pair in layers])}
-
-
-def unreached(kinds: Iterable[str], losses: Iterable[str]) -> tuple[str, ...]:
-    """Returns patterns of the parameters that no loss can train while these kinds are on; their gradients are zero.
-
-    The published optimizer leaves them alone: no decay, no moments, no count.
-
-    Args:
-      kinds: that are on in every layer.
-      losses: names with a weight, see `qtx.methods.distillation`.
-    """
-    on = set(kinds)
-    if not on:
-        return ()
-    # What each tensor of the branch depends on, from the scores to the residual stream.
-    maps = {"query", "key"}
-    context = {"value"} | (set() if "map" in on else maps)
-    out = {"out"} | (set() if "context" in on else context)
-    stream = set() if "output" in on else out
-    reach = {"scores": maps, "maps": maps, "context": context, "self_output": out}
-    reach |= {f"{name}_relations": {name} for name in ("query", "key", "value")}
-    found: set[str] = set()
-    for loss in losses:
-        found |= reach.get(loss, stream)
-        if "value" in reach.get(loss, ()) and "map" in on:
-            found |= stream  # of the layers before: the value's input has its gradient
-    return tuple(f"**/attention/{name}/*" for name in ("query", "key", "value", "out") if name not in found)
 
 
 # --- Which kinds are on, step by step ---
