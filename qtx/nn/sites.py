@@ -16,7 +16,6 @@ module's `policy` and by the variable collections that are passed to `apply`, in
     switches     holds the name: the grid is used where the flag is true; one program serves every choice of sites
     noise        holds the name: draws for stochastic rounding; without it they come from the random stream `rounding`,
                  and without that, as in evaluation, rounding is to nearest
-    curvature    holds the name: of the loss in each element of a weight, for grids that weigh their errors by it
     schedule     holds `progress` at its root: how far training has come, for grids that depend on it; else 1
 
 Without a policy and collections a site is its argument: parameters and values are those of the plain model.
@@ -160,11 +159,10 @@ def site(
     spec = spec.at(channel_axis, x.ndim)
     params = _params(scope, role, x, spec, kind, where)
     noise, progress = _noise(module, scope, role, x, spec), _progress(scope, spec)
-    curvature = scope.get_variable("curvature", role)
     if lookup is None:
-        y = grid.fake_quant(spec, x, params, noise, progress, curvature)
+        y = grid.fake_quant(spec, x, params, noise, progress)
     else:
-        y = grid.fake_quant_rows(spec, x, lookup, params, noise, progress, curvature)
+        y = grid.fake_quant_rows(spec, x, lookup, params, noise, progress)
     if scope.has_variable("switches", role):
         plain = x if lookup is None else jnp.take(x, lookup, axis=0)
         y = jnp.where(scope.get_variable("switches", role), y, plain)

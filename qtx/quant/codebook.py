@@ -10,8 +10,8 @@
                 with scale='norm' the Euclidean norm stands for max|x|, as in the paper
 
 Means run over the elements that share a range. A row of zeros has scale 0 and stays zero; a row with a NaN is NaN.
-The codes of `twn` go from -2^(b-1) to 2^(b-1), one more on each side than b bits hold: 2 h / s is odd and half of it is rounded up
-(Kim et al. 2022, "Understanding and improving knowledge distillation for QAT of large transformer encoders", for 4 to 7 bits).
+The codes of `twn` go from -2^(b-1) to 2^(b-1), more than b bits hold: 2 h / s is odd and half of it is rounded up (Kim et al.
+2022, "Understanding and improving knowledge distillation for QAT of large transformer encoders", for 4 to 7 bits).
 
 IR-Net (Qin et al. 2020) is a binary grid of `(x - mean) / std` of every row, whose scale is a power of two, with the
 gradient of `k tanh(t .)` instead of that of the sign: `t` grows from 0.1 to 10 in training, `k = max(1 / t, 1)` (section 3.3).

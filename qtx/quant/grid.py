@@ -193,7 +193,6 @@ def fake_quant_rows(
     params: QParams | None = None,
     noise: jax.Array | None = None,
     progress: jax.Array | float = 1.0,
-    curvature: jax.Array | None = None,
 ) -> jax.Array:
     """Returns `fake_quant(spec, table, ...)[ids]`, quantizing only the rows that are looked up where that is the same.
 
@@ -204,7 +203,6 @@ def fake_quant_rows(
       params: of the whole table.
       noise: see `fake_quant`, of the shape of the table.
       progress: see `fake_quant`.
-      curvature: see `fake_quant`, of the shape of the table.
 
     Returns:
       `[..., dim]`.
@@ -213,13 +211,11 @@ def fake_quant_rows(
     rows_apart = granularity.axis == 0 and granularity.groups is None
     by_row = rows_apart or (granularity.axis is None and not spec.is_codebook)
     if not by_row or noise is not None:
-        return jnp.take(fake_quant(spec, table, params, noise, progress, curvature), ids, axis=0)
+        return jnp.take(fake_quant(spec, table, params, noise, progress), ids, axis=0)
     flat = ids.reshape(-1)
     if params is not None and rows_apart:
         params = params._replace(scale=params.scale[flat], zero_point=params.zero_point[flat])
-    if curvature is not None:
-        curvature = jnp.take(curvature, flat, axis=0)
-    looked_up = fake_quant(spec, jnp.take(table, flat, axis=0), params, None, progress, curvature)
+    looked_up = fake_quant(spec, jnp.take(table, flat, axis=0), params, None, progress)
     return looked_up.reshape(*ids.shape, table.shape[1])
 
 

@@ -361,7 +361,7 @@ class Spec:
         return dataclasses.replace(self, granularity=dataclasses.replace(self.granularity, axis=axis))
 
     def __str__(self) -> str:
-        rounded = [self.rounding] if self.rounding == "stochastic" else []
+        rounded: list[str] = [self.rounding] if self.rounding == "stochastic" else []
         rounded += [] if self.clip is None else [f"clip {self.clip[0]:g}..{self.clip[1]:g}"]
         if self.is_codebook:
             bits = f"{self.bits}-bit " if CODEBOOKS[self.scheme][1] > 2 else ""
@@ -400,7 +400,7 @@ def ir_net(granularity: Granularity = Granularity("channel")) -> Spec:
 
 
 def loss_aware(bits: int = 2, granularity: Granularity = Granularity(), **options: Any) -> Spec:
-    """`2^bits - 1` levels at the scale of least (weighted) squared error (Hou and Kwok 2018, "Loss-aware weight quantization")."""
+    """`2^bits - 1` levels at the scale of least squared error (Hou and Kwok 2018, "Loss-aware weight quantization")."""
     return Spec(bits, "loss_aware", granularity, range="dynamic", **options)
 
 

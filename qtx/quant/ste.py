@@ -1,7 +1,7 @@
 """Straight-through estimators: rounding and clamping whose gradients are chosen, not derived.
 
 `jnp.clip` splits the gradient at ties and `lax.clamp` drops it, but a min-max range puts the extreme element exactly on
-the edge every time. Masks here are inclusive: an element on the edge keeps its gradient (but for `clip_inside`, as its name says).
+the edge every time. The masks of grids are inclusive: an element on the edge keeps its gradient. That of `clip_inside` is not.
 """
 
 from __future__ import annotations

@@ -130,9 +130,9 @@ def is_decayed(name: str) -> bool:
 class BertAdamState(NamedTuple):
     """Of each array: the updates that it has had (int32), and its first and second moment."""
 
-    count: dict[str, jax.Array]
-    first: dict[str, jax.Array]
-    second: dict[str, jax.Array]
+    counts: dict[str, jax.Array]
+    mu: dict[str, jax.Array]
+    nu: dict[str, jax.Array]
 
 
 def bert_adam(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -153,19 +153,19 @@ def bert_adam(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
         zeros = {name: jnp.zeros_like(value) for name, value in trained.items()}
         return BertAdamState({name: jnp.int32(0) for name in trained}, zeros, dict(zeros))
 
-    def updated(name, gradient, value, count, first, second):
+    def updated(name, gradient, value, count, mu, nu):
         reached = jnp.any(gradient != 0)
         if config.max_grad_norm > 0:
             norm = jnp.sqrt(jnp.sum(jnp.square(gradient)))
             gradient = gradient * jnp.minimum(1, config.max_grad_norm / (norm + 1e-6))
-        new_first = config.b1 * first + (1 - config.b1) * gradient
-        new_second = config.b2 * second + (1 - config.b2) * jnp.square(gradient)
-        direction = new_first / (jnp.sqrt(new_second) + config.eps)
+        new_mu = config.b1 * mu + (1 - config.b1) * gradient
+        new_nu = config.b2 * nu + (1 - config.b2) * jnp.square(gradient)
+        direction = new_mu / (jnp.sqrt(new_nu) + config.eps)
         if is_decayed(name):
             direction = direction + config.weight_decay * value
         rate = (config.learning_rate * rate_factor(config, name) * schedule(count)).astype(value.dtype)
-        new = (-rate * direction, count + 1, new_first, new_second)
-        old = (jnp.zeros_like(value), count, first, second)
+        new = (-rate * direction, count + 1, new_mu, new_nu)
+        old = (jnp.zeros_like(value), count, mu, nu)
         return tuple(jnp.where(reached, *pair) for pair in zip(new, old, strict=True))
 
     def update(gradients, state, trained=None):

@@ -155,7 +155,7 @@ def bert_adam(case):
         found.append(trained)
     close(case, np.stack([each["params/kernel"] for each in found]), "w")
     close(case, np.stack([each["params/bias"] for each in found]), "b")
-    assert int(state.count["params/bias"]) == len(found) - len(e["steps_without_b_gradient"])
+    assert int(state.counts["params/bias"]) == len(found) - len(e["steps_without_b_gradient"])
 
 
 HANDLERS = {
