@@ -259,7 +259,7 @@ def run_time_table(
     rows: list[list[Any]] = [["activations", *sites(activations), "all sites, each at its bits"]]
     if inputs:
         rows.append(
-            ["inputs of linear layers", *sites(inputs), "those that are quantized, for each layer that reads them"]
+            ["inputs of products", *sites(inputs), "those that are quantized, for each layer that reads them"]
         )
     if isinstance(config, BertConfig):  # the counter knows encoders alone
         elements = activation_elements(config, batch, tokens)

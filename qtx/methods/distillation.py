@@ -273,11 +273,13 @@ class Distillation:
         if self.padding not in get_args(Padding):
             raise UserError(f"unknown padding rule {self.padding!r}{near_misses(self.padding, get_args(Padding))}")
 
-    def __call__(self, forward: Forward, batch: Batch, constants: Any) -> tuple[jax.Array, jax.Array]:
-        """Returns the sum of the weighted losses over the batch, and the sum of the examples' weights."""
-        terms = self.terms(forward, batch, constants)
-        total = sum(self.losses[name] * value for name, value in terms.items())
-        return jnp.sum(total * batch["weights"]), jnp.sum(batch["weights"])
+    def __call__(self, forward: Forward, batch: Batch, constants: Any) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
+        """Returns the weighted losses summed over the batch, the sum of the examples' weights, and each loss summed."""
+        sums = {
+            name: jnp.sum(value * batch["weights"]) for name, value in self.terms(forward, batch, constants).items()
+        }
+        total = sum(self.losses[name] * value for name, value in sums.items())
+        return total, jnp.sum(batch["weights"]), sums
 
     def terms(self, forward: Forward, batch: Batch, constants: Any) -> dict[str, jax.Array]:
         """Runs teacher and student, and returns each loss that has a weight, `[B]`."""

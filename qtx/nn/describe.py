@@ -154,7 +154,7 @@ def _collapsed(rows: tuple[Row, ...]) -> list[Row]:
         name, reason = (text.replace("{}", numbers) for text in (row.name, row.reason))
         result.append(dataclasses.replace(row, name=name, reason=reason))
     if idle_inputs:
-        result.append(Row(f"{idle_inputs} inputs of linear layers", "input", (), FULL, "no rules for inputs"))
+        result.append(Row(f"{idle_inputs} inputs of products", "input", (), FULL, "no rules for inputs"))
     return result
 
 

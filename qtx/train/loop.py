@@ -202,12 +202,12 @@ def _run_phase(
                 since += time.perf_counter() - began  # is no training time
             if over or step % saving.log_every == 0:
                 values = jax.device_get(pending)
-                loss = float(np.mean([m["loss"] for _, m in values]))
+                means = {key: float(np.mean([m[key] for _, m in values])) for key in values[0][1]}
+                loss = means["loss"]
                 if not math.isfinite(loss):
                     raise UserError(f"phase {name!r}: the loss is {loss} around step {step}; lower the learning rate")
                 rate = examples / max(time.perf_counter() - since, 1e-9)
-                norm = float(np.mean([m["grad_norm"] for _, m in values]))
-                run.log.write(step, {"loss": loss, "grad_norm": norm, "examples_per_second": rate}, prefix=f"{name}/")
+                run.log.write(step, means | {"examples_per_second": rate}, prefix=f"{name}/")
                 bar.update(step, loss=loss, examples_per_second=rate)
                 pending, examples, since = [], 0, time.perf_counter()
             if is_best:

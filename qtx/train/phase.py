@@ -26,7 +26,7 @@ from qtx.train.evaluation import Evaluation
 from qtx.train.optimizer import OptimizerConfig
 
 Batch = Mapping[str, Any]  # named arrays, see qtx.data.batching
-Objective = Callable[["Forward", Batch, Any], tuple[jax.Array, jax.Array]]
+Objective = Callable[["Forward", Batch, Any], tuple[Any, ...]]
 Schedule = Literal["none", "epoch", "step"]
 
 _ROUNDING, _CHOICES = 1, 2  # what makes the keys of rounding and of an objective's choices others than that of dropout
@@ -82,7 +82,8 @@ class Phase:
       optimizer: its settings.
       epochs: how often the data are seen; fractions are fine.
       steps: overrides `epochs` if positive.
-      objective: what is minimised: `(forward, batch, constants) -> (loss sum, weight sum)`; see `Forward`.
+      objective: what is minimised: `(forward, batch, constants) -> (loss sum, weight sum)`; see `Forward`. A third part of
+        the result, a dict of sums such as those of single losses, is measured and logged as `loss_NAME`.
       constants: arrays for the objective, such as a teacher's parameters.
       trainable: patterns over `params/...` names; what matches none is frozen. Learned ranges are always trained.
       prepare: makes the `ranges` collection at the start of the phase from the model and its parameters (calibration);
@@ -251,28 +252,33 @@ def make_step(
             return outputs, changed.get("captures", {})
 
         taken, length = (state.step, 0) if span is None else (state.step - span.start, span.length)
-        loss, weight = phase.objective(Forward(run, taken, length, choices), batch, constants)
-        return loss, (weight, updated)
+        loss, weight, *parts = phase.objective(Forward(run, taken, length, choices), batch, constants)
+        return loss, (weight, parts[0] if parts else {}, updated)
 
-    def gradients(state: TrainState, batch: Batch, constants, key, choices):
-        return jax.value_and_grad(total_loss, has_aux=True)(state.trained, state, batch, constants, key, choices)
+    def sums(state: TrainState, batch: Batch, constants, key, choices):
+        gradient = jax.value_and_grad(total_loss, has_aux=True)
+        (loss, (weight, parts, updated)), grads = gradient(state.trained, state, batch, constants, key, choices)
+        return (loss, weight, parts, grads), updated
 
     def train_step(state: TrainState, batch: Batch, constants: Any):
         # The generator of the hardware: half the compile time of the default, and fast on accelerators.
         key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
         choices = jax.random.fold_in(key, _CHOICES)
         if phase.accumulate == 1:
-            (loss, (weight, updated)), grads = gradients(state, batch, constants, key, choices)
+            (loss, weight, parts, grads), updated = sums(state, batch, constants, key, choices)
         else:
-            parts = {k: v.reshape(phase.accumulate, -1, *v.shape[1:]) for k, v in batch.items()}
-            keys = jax.random.split(key, phase.accumulate)
+            cut = {k: v.reshape(phase.accumulate, -1, *v.shape[1:]) for k, v in batch.items()}
+            pieces = (cut, jax.random.split(key, phase.accumulate))
 
-            def add(total, part):
-                (loss, (weight, _)), grads = gradients(state, part[0], constants, part[1], choices)
-                return jax.tree.map(jnp.add, total, (loss, weight, grads)), None
+            def one(piece):
+                return sums(state, piece[0], constants, piece[1], choices)[0]
 
-            zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
-            (loss, weight, grads), _ = jax.lax.scan(add, zeros, (parts, keys))
+            def add(total, piece):
+                return jax.tree.map(jnp.add, total, one(piece)), None
+
+            shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], pieces))
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            (loss, weight, parts, grads), _ = jax.lax.scan(add, zeros, pieces)
             updated = {}
         weight = jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
@@ -289,6 +295,8 @@ def make_step(
             observers=updated.get("observers", state.observers),
             opt_state=opt_state,
         )
-        return new, {"loss": loss / weight, "grad_norm": optax.tree.norm(grads)}
+        measured = {"loss": loss, **{f"loss_{name}": part for name, part in parts.items()}}
+        means = {name: value / weight for name, value in measured.items()}
+        return new, means | {"grad_norm": optax.tree.norm(grads)}
 
     return train_step

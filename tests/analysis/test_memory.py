@@ -158,7 +158,7 @@ def test_run_time_by_every_count():
     given = activation_memory(rules, sites_), input_memory(rules, sites_), programs
     found = rows_of(run_time_table(config, 2, 64, *given))
     assert found["published counter"] == [4 * elements, elements / 2]  # 4 bits each
-    assert found["inputs of linear layers"][0] == 8 * found["inputs of linear layers"][1] > 0
+    assert found["inputs of products"][0] == 8 * found["inputs of products"][1] > 0
     assert found["activations"] == plain["activations"]
     assert found["forward: temporary"] == [1, 4] and found["forward: output"] == [2, None]
     several = rows_of(run_time_table(config, 2, 64, activation_memory(mixed(), sites_)))

@@ -205,7 +205,7 @@ def test_padding_and_filler_rows_change_nothing(found):
     target, params = objective(LOSSES), {"params": tiny.params()}
     forward = forward_of(MODEL, other_params())
     filler = {k: jnp.concatenate([v, 0 * v[:1]]) for k, v in batch_of().items()}
-    got, want = (target(forward, batch, params) for batch in (filler, batch_of()))
+    got, want = (target(forward, batch, params)[:2] for batch in (filler, batch_of()))
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
@@ -213,9 +213,11 @@ def test_weights_of_losses_and_examples(found):
     target = Distillation(MODEL, MODEL, {"logits": 0.5, "scores": 2.0, "context": 0.0}, PAIRS)
     weights = np.array([1.0, 0.0, 3.0])
     batch = batch_of(weights=weights)
-    loss, weight = target(forward_of(MODEL, other_params()), batch, {"params": tiny.params()})
+    loss, weight, parts = target(forward_of(MODEL, other_params()), batch, {"params": tiny.params()})
     want = np.sum(weights * (0.5 * np.asarray(found["logits"]) + 2 * np.asarray(found["scores"])))
     np.testing.assert_allclose([loss, weight], [want, 4.0], rtol=1e-5)
+    assert set(parts) == {"logits", "scores"}
+    np.testing.assert_allclose(parts["scores"], np.sum(weights * np.asarray(found["scores"])), rtol=1e-5)
 
 
 def test_equal_models_have_no_loss_but_the_entropy_of_the_labels():

@@ -211,7 +211,9 @@ def test_every_tensor_is_a_site():
         path for path in paths if not path.endswith("bias")
     }
     kernels = {path.removesuffix("kernel") for path in paths if path.endswith("kernel")}
-    assert {name for name, info in found.items() if info.kind == "input"} == {f"{path}input" for path in kernels}
+    blocks = {path.removesuffix("query/") for path in kernels if path.endswith("query/")}
+    entering = {f"{path}input" for path in kernels} | {f"{path}probs_dropped" for path in blocks}
+    assert {name for name, info in found.items() if info.kind == "input"} == entering
     assert published.count(found, "activation") == 13 + 2 * 22 + 5
 
 
