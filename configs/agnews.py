@@ -35,7 +35,12 @@ from qtx.methods.agnews_study import PATTERNS
 
 BITS = (8, 4, 2)
 BERT = "google/bert_uncased_L-2_H-512_A-8"
-WEIGHTS = {"quant.pattern": "ALL", "quant.weight_rounding": "stochastic", "quant.activation_bits": 32}
+WEIGHTS = {
+    "quant.pattern": "ALL",
+    "quant.weight_rounding": "stochastic",
+    "quant.evaluation_rounding": "drawn",
+    "quant.activation_bits": 32,
+}
 FULLY = {
     "quant.pattern": "ALL",
     "quant.activation_sites": "inputs",
@@ -148,7 +153,10 @@ ORDERINGS = {
 ORDERINGS["minilm"] = ORDERINGS["latent"]
 EXPERIMENTS["minilm"] = {name: None for name in EXPERIMENTS["latent"]}
 ORDERINGS["orderings"] = tuple(
-    claim for experiment in ("quantization", "patterns", "latent") for claim in ORDERINGS[experiment] if "bert" not in str(claim)
+    claim
+    for experiment in ("quantization", "patterns", "latent")
+    for claim in ORDERINGS[experiment]
+    if "bert" not in str(claim)
 )
 EXPERIMENTS["orderings"] = {
     name: score
@@ -181,7 +189,11 @@ def get_config(arg: str = "full_precision"):
             bert = "all-MiniLM-L6-v2"
             config.model.sizes = ConfigDict({"hidden_size": 384, "num_heads": 12})
         rows = tuple(
-            dict(name=name, changes=method(name, bert, epochs), published={} if score is None else {"ag_news": score / 100})
+            dict(
+                name=name,
+                changes=method(name, bert, epochs),
+                published={} if score is None else {"ag_news": score / 100},
+            )
             for name, score in EXPERIMENTS[arg].items()
         )
         config.save_models = False

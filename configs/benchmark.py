@@ -1,4 +1,4 @@
-"""The sizes that `launch/benchmark.py` measures: MiniLM on a batch of 32 x 64, and its embedding table.
+"""The sizes that `launch/benchmark.py` measures: MiniLM on a batch of 32 x 64, its embedding table, and a small translator.
 
     python launch/benchmark.py --config.batch=8 --config.tokens=128
 
@@ -26,6 +26,11 @@ def get_config(arg: str = "full"):
     config.model = ConfigDict(
         dict(vocab_size=30522, hidden_size=384, num_layers=6, num_heads=12, intermediate_size=1536, max_positions=512)
     )
+    config.decode = ConfigDict(dict(batch=32, tokens=24, limit=40, beam=5, rounds=3, vocabulary=8000))
+    config.decode.prefix_multiple = 40  # of the loop without a cache; the limit: it is compiled once
+    config.decode.model = ConfigDict(
+        dict(hidden_size=128, num_layers=4, decoder_layers=4, num_heads=4, intermediate_size=256)
+    )
     if arg == "smoke":
         config.rounds = 2
         config.search_rounds = 2
@@ -33,5 +38,7 @@ def get_config(arg: str = "full"):
         config.tokens = 8
         config.candidates = 5
         config.rounding_iterations = 20
+        config.decode.update(batch=2, tokens=6, limit=9, prefix_multiple=4, beam=2, rounds=1, vocabulary=40)
+        config.decode.model.update(hidden_size=16, num_layers=1, decoder_layers=1, num_heads=2, intermediate_size=32)
         config.model.update(vocab_size=64, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
     return config

@@ -36,7 +36,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 WORDS = "the a film was good bad great awful very quite plot actor it is not and house in city we have time".split()
 
 
-# For `quant.overrides`, where a test is not about the sites: those that are left are of every kind, and compile in half the time.
+# For `quant.overrides`, where a test is not about the sites: fewer of them, which compile in half the time.
 FEWER_SITES = ", ".join(f"{name}=fp32" for name in "qkvpcgxihz")
 
 

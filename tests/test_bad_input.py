@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 from qtx import data, models, quant
+from qtx.data import pair_tokenizer
 from qtx.errors import UserError
 from qtx.experiments import run
 from qtx.experiments.analyze import analyze
@@ -445,11 +446,66 @@ def test_missing_column(tiny_config, tmp_path):
 @pytest.mark.parametrize("task", ["rte", "ag_news"])
 def test_no_data_directory(tiny_config, tmp_path, monkeypatch, task):
     monkeypatch.delenv("QTX_DATA_DIR", raising=False)
-    monkeypatch.setattr(data.sources, "_require_network", lambda url: (_ for _ in ()).throw(OSError("offline")))
+    monkeypatch.setattr(data.reading, "_require_network", lambda url: (_ for _ in ()).throw(OSError("offline")))
     tiny_config.task, tiny_config.data.dir = task, str(tmp_path / "nowhere")
     assert "nowhere" in train(tiny_config, tmp_path)
     tiny_config.data.dir = None
     assert "QTX_DATA_DIR" in train(tiny_config, tmp_path)
+
+
+@pytest.fixture
+def parallel_files(tmp_path):
+    """The files of a translation task, to be damaged."""
+    for split in ("train", "validation"):
+        for language, text in (("en", "A dog runs.\nA dog sleeps.\n"), ("de", "Ein Hund läuft.\nEin Hund schläft.\n")):
+            (tmp_path / f"{split}.{language}").write_text(text)
+    return {split: (tmp_path / f"{split}.en", tmp_path / f"{split}.de") for split in ("train", "validation")}
+
+
+ENGLISH_GERMAN = data.TranslationTask("own", "en", "de")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("train.en", b"A dog runs.\n", "train.en has 1 lines"),
+        ("validation.de", b"Ein Hund\nl\xe4uft.\n", "validation.de, line 2: not UTF-8"),
+        ("validation.de", b"", "validation.de is empty"),
+        ("validation.de", None, "validation.de"),
+        ("train.en", b"\n \n", "train.en is empty"),
+    ],
+)
+def test_parallel_files(parallel_files, tmp_path, name, content, named):
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+    assert named in message(data.load_parallel, ENGLISH_GERMAN, parallel_files)
+
+
+def test_wrong_languages(tmp_path):
+    (tmp_path / "multi30k").mkdir()
+    (tmp_path / "multi30k" / "train.en").write_text("A dog.\n")
+    assert "'en_de'" in (text := message(data.get_translation_task, "multi30k", "en_de")) and "en-de" in text
+    assert "'multi30'" in (text := message(data.get_translation_task, "multi30")) and "'multi30k'" in text
+    assert "holds en" in (text := message(data.load_pairs, "multi30k", tmp_path)) and "en-de" in text
+    (tmp_path / "empty").mkdir()
+    assert "multi30k/train.en" in message(data.load_pairs, "multi30k", tmp_path / "empty")
+
+
+def test_translation_tokenizer_that_does_not_fit(parallel_files, tmp_path):
+    pairs = data.load_parallel(ENGLISH_GERMAN, parallel_files).splits["train"]
+    assert "'words'" in message(pair_tokenizer.fit, "word", pairs, ENGLISH_GERMAN)
+    assert "100" in message(pair_tokenizer.fit, "subwords", pairs, ENGLISH_GERMAN, 100)
+    tokenizer = pair_tokenizer.fit("words", pairs, ENGLISH_GERMAN)
+    assert "target vocabulary 100" in message(tokenizer.check_sizes, tokenizer.source_vocab_size, 100)
+    assert "none of 2 pairs" in message(data.encode_pairs, tokenizer, pairs, 1)
+    encoded = data.encode_pairs(tokenizer, pairs)
+    assert "at least" in message(data.PairBatches, encoded, 2, data.bucket_shapes(encoded))
+    tokenizer.save_pretrained(tmp_path)
+    assert "en-de" in (text := message(pair_tokenizer.load, tmp_path, "de-en")) and "de-en" in text
+    path = tmp_path / pair_tokenizer.FILE
+    path.write_bytes(path.read_bytes()[:-9])
+    assert "cut short" in (text := message(pair_tokenizer.load, tmp_path)) and str(path) in text
+    path.unlink()
+    assert pair_tokenizer.FILE in message(pair_tokenizer.load, tmp_path)
 
 
 def test_zero_calibration_batches(tiny_config, tmp_path):

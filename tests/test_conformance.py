@@ -2,7 +2,7 @@
 
 The manifests (`*.json`) drive the tests, not lists of names: put other cases of the same kinds into a directory and point
 `QTX_GOLDEN_DIR` at it. A test's id is PROJECT/CASE, so `-k efficient` selects a project. A kind that no handler
-knows is a failure; kinds that wait for an issue are expected failures that name it.
+knows is a failure; projects that wait for an issue are expected failures that name it.
 """
 
 import dataclasses
@@ -24,7 +24,6 @@ GOLDEN = Path(os.environ.get("QTX_GOLDEN_DIR") or Path(__file__).parent / "golde
 
 # Projects without handlers yet, and the issue that brings them.
 PENDING_PROJECTS = {
-    "compressed-transformers": 5,
     "teacher-intervention": 6,
     "bittransgnn": 7,
 }
@@ -112,8 +111,6 @@ def test_case(case: Case):
     if case.project in PENDING_PROJECTS:
         pytest.xfail(f"{case.project} waits for issue {PENDING_PROJECTS[case.project]}")
     handlers = importlib.import_module(f"tests.conformance.{case.project.replace('-', '_')}")
-    if case.kind in handlers.PENDING:
-        pytest.xfail(f"kind {case.kind!r} waits for issue {handlers.PENDING[case.kind]}")
     assert case.kind in handlers.HANDLERS, f"no handler for kind {case.kind!r} of {case.project}"
     handlers.HANDLERS[case.kind](case)
 

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from qtx.methods.calibrate import put
+from qtx.models.families import ModelConfig
 from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo, list_sites
 from qtx.quant import rows
@@ -232,7 +233,7 @@ def model_memory(model: nn.Module, params: Mapping[str, Any], *args: Any) -> dic
 
 
 def run_time_table(
-    config: BertConfig,
+    config: ModelConfig,
     batch: int,
     tokens: int,
     activations: Iterable[Item],
@@ -260,10 +261,12 @@ def run_time_table(
         rows.append(
             ["inputs of linear layers", *sites(inputs), "those that are quantized, for each layer that reads them"]
         )
-    elements = activation_elements(config, batch, tokens)
-    bits = {item.bits for item in activations + inputs} - {32} or {32}
-    counted = elements * bits.pop() / 8 if len(bits) == 1 else None
-    rows.append(["published counter", 4 * elements, counted, f"{elements:,d} values at the bits of quantized sites"])
+    if isinstance(config, BertConfig):  # the counter knows encoders alone
+        elements = activation_elements(config, batch, tokens)
+        bits = {item.bits for item in activations + inputs} - {32} or {32}
+        counted = elements * bits.pop() / 8 if len(bits) == 1 else None
+        note = f"{elements:,d} values at the bits of quantized sites"
+        rows.append(["published counter", 4 * elements, counted, note])
     notes = {"temporary": "buffers that XLA reserves beside the arguments", "output": "what the program returns"}
     full, quantized = ((programs or {}).get(name, {}) for name in ("full precision", "quantized"))
     for program in dict.fromkeys([*full, *quantized]):
@@ -288,14 +291,14 @@ def totals(items: Iterable[Item]) -> dict[str, float]:
 
 
 def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
-    """Returns how many parameters each part of an encoder has, biases and norms included.
+    """Returns how many parameters each part of a model has, biases and norms included.
 
     Args:
-      params: nested parameters under the names of `qtx.nn.bert`; `jax.ShapeDtypeStruct`s do.
+      params: nested parameters under the names of `qtx.nn.bert` or `qtx.nn.encoder_decoder`; `jax.ShapeDtypeStruct`s do.
 
     Returns:
-      Counts of `embeddings`, of the parts of the layers, each over all layers (`attention`, `ffn`), and of what follows
-      the encoder (`pooler`, `classifier`).
+      Counts of `embeddings`, of the parts of the layers, each over all layers (`attention`, `ffn`; of a decoder
+      `self_attention`, `cross_attention`), and of what follows them (`norm`, `pooler`, `classifier`, `generator`).
     """
     counts: dict[str, int] = {}
     for name, value in traverse_util.flatten_dict(params, sep="/").items():
@@ -305,8 +308,8 @@ def parameter_counts(params: Mapping[str, Any]) -> dict[str, int]:
 
 
 def part_of(name: str) -> str:
-    """Returns the part of an encoder that a parameter belongs to, see `parameter_counts`."""
-    return re.sub(r"^encoder/(layer_\d+/)?", "", name).partition("/")[0]
+    """Returns the part of a model that a parameter belongs to, see `parameter_counts`."""
+    return re.sub(r"^(en|de)coder/(layer_\d+/)?", "", name).partition("/")[0]
 
 
 def activation_elements(config: BertConfig, batch: int, tokens: int, embeddings: bool = True) -> int:

@@ -87,7 +87,8 @@ def _part(partition: str, kind: Kind, name: str) -> str:
     if partition == "site":
         return name
     if partition == "layer":
-        return name.removeprefix("encoder/").split("/")[0]
+        layer = re.match(r"(?:encoder/)?(.*?layer_\d+)/", name)
+        return layer[1] if layer else name.removeprefix("encoder/").split("/")[0]
     short = short_name(kind, name)
     return re.sub(r"layer_\d+", "layer_*", name) if short is None else short.rstrip("0123456789")
 

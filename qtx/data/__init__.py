@@ -1,27 +1,43 @@
 """Text data: tasks, sources, tokenization and static-shape batches, in that order.
 
-`sources.load` gives texts, `tokenize.encode` ragged token ids, `batching.Batches` what a compiled step eats.
+`sources.load` gives texts, `tokenize.encode` ragged token ids, `batching.Batches` what a compiled step eats; for translation
+`parallel.load_pairs`, `pair_tokenizer.encode_pairs` and `pair_batching.PairBatches` do.
 """
 
 from qtx.data.batching import Batches, bucket_lengths, in_order
+from qtx.data.pair_batching import PairBatches, bucket_shapes
+from qtx.data.pair_tokenizer import EncodedPairs, PairTokenizer, encode_pairs
+from qtx.data.parallel import Pairs, ParallelDataset, load_pairs, load_parallel
 from qtx.data.sources import Dataset, Examples, load, load_folder, load_table
-from qtx.data.tasks import TASKS, Task, get_task
+from qtx.data.tasks import CORPORA, TASKS, Task, TranslationTask, get_task, get_translation_task
 from qtx.data.tokenize import Encoded, check_tokenizer, encode, load_tokenizer
 
 __all__ = [
+    "CORPORA",
     "TASKS",
     "Batches",
     "Dataset",
     "Encoded",
+    "EncodedPairs",
     "Examples",
+    "PairBatches",
+    "PairTokenizer",
+    "Pairs",
+    "ParallelDataset",
     "Task",
+    "TranslationTask",
     "bucket_lengths",
+    "bucket_shapes",
     "check_tokenizer",
     "encode",
+    "encode_pairs",
     "get_task",
+    "get_translation_task",
     "in_order",
     "load",
     "load_folder",
+    "load_pairs",
+    "load_parallel",
     "load_table",
     "load_tokenizer",
 ]

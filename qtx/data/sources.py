@@ -5,28 +5,30 @@ Everything is read before it is returned, and what is wrong with a file is said 
 
 from __future__ import annotations
 
-import bz2
-import contextlib
 import csv
 import dataclasses
-import gzip
 import importlib.util
 import io
 import math
 import os
-import urllib.error
-import urllib.request
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from qtx.data.reading import (
+    OPENERS,
+    as_text,
+    check_limits,
+    find_files,
+    first_file,
+    from_tfds,
+    limited,
+    places,
+    read_text,
+)
 from qtx.data.tasks import Task, get_task
 from qtx.errors import UserError, near_misses
-
-DATA_DIR_VARIABLE = "QTX_DATA_DIR"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,9 +88,7 @@ def load(
       UserError: unknown task, bad limit, missing or damaged data.
     """
     task = get_task(task) if isinstance(task, str) else task
-    for name, limit in (("limit_train", limit_train), ("limit_eval", limit_eval)):
-        if limit is not None and limit < 1:
-            raise UserError(f"{name} must be at least 1, got {limit}; leave it out to keep everything")
+    check_limits(limit_train, limit_eval)
     if task.name in _PACKAGED:
         splits = _PACKAGED[task.name](task, seed)
     elif task.name in _GLUE:
@@ -97,8 +97,7 @@ def load(
         splits = _load_ag_news(task, data_dir, seed)
     else:
         raise UserError(f"task {task.name!r} is not built in; use load_table or load_folder for your own files")
-    limits = {"train": limit_train}
-    return Dataset(task, {name: _limit(split, limits.get(name, limit_eval), seed) for name, split in splits.items()})
+    return Dataset(task, limited(splits, limit_train, limit_eval, seed))
 
 
 def load_table(
@@ -215,7 +214,7 @@ _GLUE = {
 
 def _load_glue(task: Task, data_dir: str | os.PathLike[str] | None) -> dict[str, Examples]:
     layout = _GLUE[task.name]
-    searched = _places(data_dir, (f"glue/{layout.folder}", layout.folder))
+    searched = places(data_dir, (f"glue/{layout.folder}", layout.folder))
     folder = next((path for path in searched if path.is_dir()), None)
     if folder is None:
         official = f"glue/{layout.folder}/train.tsv"
@@ -227,7 +226,7 @@ def _load_glue(task: Task, data_dir: str | os.PathLike[str] | None) -> dict[str,
         "test": ("test_labelled.tsv",),
     }
     splits = {}
-    for name, path in _find_files(task, folder, files, optional=("validation_mismatched", "test")).items():
+    for name, path in find_files(task.name, folder, files, optional=("validation_mismatched", "test")).items():
         table = _read_table(path, (*layout.texts, layout.label), layout.header, layout.tolerance)
         splits[name] = _to_examples(table, task, layout.tokens)
     return splits
@@ -242,8 +241,8 @@ _AG_NEWS_HEADER = ("class", "title", "description")  # the files have no header 
 
 def _load_ag_news(task: Task, data_dir: str | os.PathLike[str] | None, seed: int) -> dict[str, Examples]:
     """News by topic (Zhang, Zhao and LeCun 2015), title and description joined by one space."""
-    searched = _places(data_dir, ("ag_news", "."))
-    folder = next((path for path in searched for names in _AG_NEWS_FILES.values() if _first_file(path, names)), None)
+    searched = places(data_dir, ("ag_news", "."))
+    folder = next((path for path in searched for names in _AG_NEWS_FILES.values() if first_file(path, names)), None)
     if folder is None:
         columns = ("title", "description")
         raw = _load_tfds(task, columns, "https://drive.google.com", "ag_news/train.csv", searched)
@@ -251,7 +250,7 @@ def _load_ag_news(task: Task, data_dir: str | os.PathLike[str] | None, seed: int
     else:
         tokens = [str(i) for i in range(1, task.num_labels + 1)]
         splits = {}
-        for name, path in _find_files(task, folder, _AG_NEWS_FILES).items():
+        for name, path in find_files(task.name, folder, _AG_NEWS_FILES).items():
             table = _read_table(path, _AG_NEWS_HEADER, _AG_NEWS_HEADER)
             labels, titles, descriptions = table.columns
             table = dataclasses.replace(table, columns=(_joined(titles, descriptions), labels))
@@ -266,112 +265,21 @@ def _joined(titles: Iterable[str], descriptions: Iterable[str]) -> list[str]:
     return [f"{title} {description}" if title else description for title, description in pairs]
 
 
-# ------------------------------------------------------------------------------- directories and downloads
-
-
-def _places(data_dir: str | os.PathLike[str] | None, below: Sequence[str]) -> list[Path]:
-    """Returns where a task's files may be; none without a data directory."""
-    root = data_dir or os.environ.get(DATA_DIR_VARIABLE)
-    if not root:
-        return []
-    if not Path(root).is_dir():
-        origin = "data_dir" if data_dir else DATA_DIR_VARIABLE
-        raise UserError(f"{origin} {root} is not a directory; it must hold {below[0]}")
-    return [Path(root) / name for name in below]
-
-
-def _find_files(
-    task: Task, folder: Path, files: Mapping[str, Sequence[str]], optional: Collection[str] = ()
-) -> dict[str, Path]:
-    """Returns the file of each split, by the first name that is there; optional splits may have none."""
-    found = {}
-    for name, names in files.items():
-        path = _first_file(folder, names)
-        if path is not None:
-            found[name] = path
-        elif name not in optional:
-            wanted = " or ".join(f"{folder / file}[.gz]" for file in names)
-            raise UserError(f"{task.name}: missing file {wanted}; put the official file there")
-    return found
-
-
-def _first_file(folder: Path, names: Iterable[str]) -> Path | None:
-    candidates = (folder / (name + suffix) for name in names for suffix in ("", ".gz"))
-    return next((path for path in candidates if path.is_file()), None)
-
-
 def _load_tfds(
     task: Task, columns: Sequence[str], host: str, official: str, searched: Sequence[Path]
 ) -> dict[str, Examples]:
-    """Loads through tensorflow-datasets, or says everything that was looked for and how to get it.
-
-    Args:
-      task: what to load.
-      columns: the features that hold the texts.
-      host: where the builder downloads from.
-      official: a file that would do instead, below the data directory.
-      searched: where it was not.
-    """
-    looked = " or ".join(map(str, searched)) if searched else f"any directory, as {DATA_DIR_VARIABLE} is not set"
-    try:
-        raw = _fetch_tfds(task, host)
-    except Exception as error:  # tensorflow-datasets fails in many ways, and none of them names the remedy
-        needs = "" if importlib.util.find_spec("tensorflow") else " (TensorFlow is not installed)"
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise UserError(
-            f"{task.name}: no official files found in {looked}, "
-            f"and tensorflow-datasets gave no {task.tfds}{needs}: {reason}; "
-            f"point --data_dir or {DATA_DIR_VARIABLE} at a folder with {official}, "
-            "or pip install 'qtx[tensorflow]' and connect to the network"
-        ) from error
+    """Loads through tensorflow-datasets; `columns` are the features that hold the texts, the rest as in `from_tfds`."""
+    assert task.tfds is not None, "only tasks with a builder come here"
     splits = {}
     # The test splits of GLUE carry no labels there.
-    for name, source in raw.items():
+    for name, source in from_tfds(task.name, task.tfds, host, official, searched).items():
         if name.startswith("test") and task.name in _GLUE:
             continue
         rows = list(source)
-        texts = tuple([_as_text(row[column]) for row in rows] for column in columns)
+        texts = tuple([as_text(row[column]) for row in rows] for column in columns)
         labels = np.array([row["label"] for row in rows], np.float32 if task.is_regression else np.int32)
         splits[name.removesuffix("_matched")] = Examples(texts, labels)
     return splits
-
-
-def _fetch_tfds(task: Task, host: str) -> Mapping[str, Iterable[Mapping[str, Any]]]:
-    """Returns the splits of a tensorflow-datasets builder: prepared ones first, then downloaded, then by TensorFlow."""
-    import tensorflow_datasets as tfds
-    import tensorflow_datasets.text.glue  # noqa: F401  (registers the builder: the lazy registry misses it)
-
-    tensorflow = importlib.util.find_spec("tensorflow") is not None
-    # Something prepared but unreadable is an error of many types; downloading again says what is wrong. What was never
-    # prepared has no splits. Without TensorFlow only array records can be read, with it what older versions wrote, too.
-    with contextlib.suppress(Exception):
-        if prepared := tfds.data_source(task.tfds, download=False):
-            return prepared
-    if tensorflow:
-        with contextlib.suppress(Exception):
-            if prepared := tfds.load(task.tfds, download=False):
-                return tfds.as_numpy(prepared)
-    _require_network(host)
-    try:
-        return tfds.data_source(task.tfds)
-    except Exception:
-        if not tensorflow:
-            raise
-        return tfds.as_numpy(tfds.load(task.tfds))
-
-
-def _require_network(url: str) -> None:
-    """Fails within seconds where the downloader would retry for many minutes."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:
-        return  # an answer is all that matters
-    except OSError as error:
-        raise ConnectionError(f"{url} cannot be reached ({error})") from error
-
-
-def _as_text(value: Any) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 # ------------------------------------------------------------------------------------------- pip packages
@@ -432,27 +340,6 @@ class _Table:
         return list(zip(*self.columns, strict=True))
 
 
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open}
-
-
-def _read_text(path: Path, fallback: str | None = None) -> str:
-    """Reads a UTF-8 file, compressed or not; `fallback` is the encoding of files that are not UTF-8."""
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
-            data = file.read()
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}; it is damaged or cut short, fetch it again") from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if fallback:
-            return data.decode(fallback)
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason}); convert it with iconv -t utf-8") from None
-
-
 def _read_table(
     path: Path, columns: Sequence[str], header: Sequence[str] | None = None, tolerance: float = 0.0
 ) -> _Table:
@@ -487,10 +374,10 @@ def _read_table(
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yields the line number and the fields of every record; blank lines of a CSV file are skipped."""
-    kind = Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
+    kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
     if kind not in (".csv", ".tsv"):
         raise UserError(f"{path}: unknown kind of table {kind!r}; it must end in .csv or .tsv (.gz or .bz2 may follow)")
-    text = _read_text(path)
+    text = read_text(path)
     if kind == ".tsv":
         lines = text.rstrip("\r\n").split("\n") if text.strip() else []
         yield from ((number, line.rstrip("\r").split("\t")) for number, line in enumerate(lines, 1))
@@ -544,7 +431,7 @@ def _read_tree(root: Path, fallback: str | None = None) -> list[tuple[Path, str,
     """Returns (file, text, label) of every `root/LABEL/*.txt`, in an order that no file system changes."""
     if not root.is_dir():
         raise UserError(f"no such directory: {root}")
-    return [(file, _read_text(file, fallback), file.parent.name) for file in sorted(root.glob("[!.]*/*.txt"))]
+    return [(file, read_text(file, fallback), file.parent.name) for file in sorted(root.glob("[!.]*/*.txt"))]
 
 
 def _label_names(labels: Iterable[str], path: Path) -> tuple[str, ...]:
@@ -557,13 +444,6 @@ def _label_names(labels: Iterable[str], path: Path) -> tuple[str, ...]:
 
 
 # ------------------------------------------------------------------------------------------------- splits
-
-
-def _limit(examples: Examples, limit: int | None, seed: int) -> Examples:
-    """Keeps a random subset, in the original order."""
-    if limit is None or limit >= len(examples):
-        return examples
-    return examples.take(np.sort(np.random.default_rng(seed).choice(len(examples), limit, replace=False)))
 
 
 def _stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""The built-in text tasks: what a task's columns, labels and metrics are called, and nothing about files."""
+"""The built-in tasks: what a task's columns, labels, languages and metrics are called, and nothing about files."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from qtx.errors import UserError, near_misses
 
@@ -72,3 +73,54 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         raise UserError(f"unknown task {name!r}{near_misses(name, TASKS)}")
     return TASKS[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class TranslationTask:
+    """Translation of sentences of one language into another.
+
+    Attributes:
+      name: what users write: one of `CORPORA`, or the name of their own files.
+      source: the code of the language to translate from, such as `en`.
+      target: the code of the language to translate into.
+    """
+
+    name: str
+    source: str
+    target: str
+
+    @property
+    def direction(self) -> str:
+        """Both languages, as in `en-de`."""
+        return f"{self.source}-{self.target}"
+
+
+CORPORA = ("multi30k", "iwslt14", "tatoeba", "ted_talks")
+_DIRECTION = re.compile(r"([a-z]{2,3}(?:_[a-z]+)?)-([a-z]{2,3}(?:_[a-z]+)?)")
+
+
+def get_translation_task(name: str, direction: str = "en-de") -> TranslationTask:
+    """Returns a built-in corpus in one direction; which languages it has is known when it is loaded.
+
+    Args:
+      name: one of `CORPORA`.
+      direction: source and target language, such as `en-de` or `de-en`; a country follows an underscore (`pt_br`).
+
+    Raises:
+      UserError: there is no such corpus, or the direction is not one.
+    """
+    if name not in CORPORA:
+        raise UserError(f"unknown corpus {name!r}{near_misses(name, CORPORA)}")
+    return TranslationTask(name, *languages_of(direction))
+
+
+def languages_of(direction: str) -> tuple[str, str]:
+    """Returns the source and the target language of a direction such as `en-de`.
+
+    Raises:
+      UserError: it is not of that form, or both are the same.
+    """
+    match = _DIRECTION.fullmatch(direction)
+    if match is None or match[1] == match[2]:
+        raise UserError(f"{direction!r} is not a direction; name two languages, source first, such as en-de or de-en")
+    return match[1], match[2]

@@ -19,9 +19,11 @@ from ml_collections import ConfigDict
 
 from qtx.analysis import memory, outliers, sensitivity, weights
 from qtx.errors import UserError, near_misses
+from qtx.experiments.classification import Classification
+from qtx.experiments.experiment import VALIDATION
 from qtx.experiments.run import calibration_options, policy_to_apply
-from qtx.experiments.setup import VALIDATION, Experiment, setup
 from qtx.files import write_text
+from qtx.nn.bert import BertConfig
 from qtx.quant.policy import Policy
 from qtx.train.report import Table, check_config, save_config
 
@@ -53,7 +55,7 @@ def analyze(config: ConfigDict, workdir: str | Path) -> str:
     for name in config.analyses:
         if name not in ANALYSES:
             raise UserError(f"unknown analysis {name!r}{near_misses(name, ANALYSES)}")
-    experiment = setup(config)
+    experiment = Classification.make(config)
     policy = policy_to_apply(experiment)
     parts = {name: ANALYSES[name](experiment, policy) for name in config.analyses}
     if (workdir / "config.json").is_file():
@@ -71,7 +73,7 @@ def analyze(config: ConfigDict, workdir: str | Path) -> str:
     return text
 
 
-def _sensitivity(experiment: Experiment, policy: Policy) -> Part:
+def _sensitivity(experiment: Classification, policy: Policy) -> Part:
     c = experiment.config.analysis.sensitivity
     options = calibration_options(experiment.config)
     if options.pop("permutation") != "full_precision":
@@ -114,7 +116,7 @@ def _sensitivity(experiment: Experiment, policy: Policy) -> Part:
     return run
 
 
-def _outliers(experiment: Experiment, policy: Policy) -> Part:
+def _outliers(experiment: Classification, policy: Policy) -> Part:
     c = experiment.config.analysis.outliers
     outliers.check(c.k, c.batches)
     names = outliers.choose_sites(tuple(c.sites), experiment.sites())
@@ -122,6 +124,7 @@ def _outliers(experiment: Experiment, policy: Policy) -> Part:
 
     def run(workdir: Path) -> list[str | Table]:
         sizes = experiment.pretrained.config
+        assert isinstance(sizes, BertConfig)  # only classifiers come here, see `setup`
         found = outliers.collect(
             experiment.model,
             experiment.pretrained.params,
@@ -154,7 +157,7 @@ def _outliers(experiment: Experiment, policy: Policy) -> Part:
     return run
 
 
-def _weights(experiment: Experiment, policy: Policy) -> Part:
+def _weights(experiment: Classification, policy: Policy) -> Part:
     bins = experiment.config.analysis.weights.bins
     weights.check(bins)
 
@@ -169,7 +172,7 @@ def _weights(experiment: Experiment, policy: Policy) -> Part:
     return run
 
 
-def _memory(experiment: Experiment, policy: Policy) -> Part:
+def _memory(experiment: Classification, policy: Policy) -> Part:
     c = experiment.config.analysis.memory
     if c.batch_size < 1 or not 1 <= c.tokens <= experiment.pretrained.config.max_positions:
         most = experiment.pretrained.config.max_positions
@@ -178,8 +181,8 @@ def _memory(experiment: Experiment, policy: Policy) -> Part:
         )
 
     def run(workdir: Path) -> list[str | Table]:
-        shape = jax.ShapeDtypeStruct((c.batch_size, c.tokens), jnp.int32)
-        sites = experiment.sites(shape, shape, shape)
+        args = [jax.ShapeDtypeStruct((c.batch_size, c.tokens), jnp.int32)] * len(experiment.pretrained.family.inputs)
+        sites = experiment.sites(*args)
         parameters = memory.weight_memory(policy, sites, experiment.pretrained.params)
         ranges = memory.range_memory(policy, sites)
         activations, inputs = memory.activation_memory(policy, sites), memory.input_memory(policy, sites)
@@ -191,8 +194,7 @@ def _memory(experiment: Experiment, policy: Policy) -> Part:
         if c.compiled:
             models = {"full precision": experiment.model, "quantized": experiment.model.clone(policy=policy)}
             programs = {
-                name: memory.model_memory(model, experiment.pretrained.params, shape, shape, shape)
-                for name, model in models.items()
+                name: memory.model_memory(model, experiment.pretrained.params, *args) for name, model in models.items()
             }
         sizes = experiment.pretrained.config
         running = memory.run_time_table(sizes, c.batch_size, c.tokens, activations, inputs, programs)
@@ -208,7 +210,7 @@ def _memory(experiment: Experiment, policy: Policy) -> Part:
 
 
 # Each checks its settings and returns what does the work, so that bad input ends a run before anything is computed.
-ANALYSES: dict[str, Callable[[Experiment, Policy], Part]] = {
+ANALYSES: dict[str, Callable[[Classification, Policy], Part]] = {
     "sensitivity": _sensitivity,
     "outliers": _outliers,
     "weights": _weights,

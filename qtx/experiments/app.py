@@ -45,32 +45,20 @@ def _define_flags(default_config: str, default_workdir: str | None) -> None:
     )
 
 
-def launch(entry: Callable[[ConfigDict, str], Any], default_config: str, default_workdir: str | None = None) -> None:
-    """Parses the flags and calls `entry(config, workdir)`; bad input ends as one line and exit status 1.
+def run(entry: Callable[[], Any], define: Callable[[], None]) -> None:
+    """Parses the flags and calls `entry()`; bad input ends as one line and exit status 1.
 
     Args:
       entry: what to run.
-      default_config: path of a config file, relative to the repository.
-      default_workdir: run directory; None makes `--workdir` required.
+      define: defines its flags.
     """
 
     def main(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]!r}; flags start with --")
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every step of a save at INFO
-        if flags.FLAGS.multihost:
-            try:
-                jax.distributed.initialize(flags.FLAGS.coordinator, flags.FLAGS.num_hosts, flags.FLAGS.host)
-            except (ValueError, RuntimeError) as error:
-                _fail(f"--multihost: {error}; give --coordinator, --num_hosts and --host where no cluster is detected.")
-            if jax.process_index() > 0:
-                sys.stdout = open(os.devnull, "w")  # the first host speaks for all
-        config = flags.FLAGS.config
         try:
-            config.lock()
-            if flags.FLAGS.data_dir:
-                config.data.dir = flags.FLAGS.data_dir
-            entry(config, flags.FLAGS.workdir)
+            entry()
         except UserError as error:
             _fail(error)
         except OSError as error:
@@ -85,7 +73,33 @@ def launch(entry: Callable[[ConfigDict, str], Any], default_config: str, default
             _fail(error)
 
     try:
-        _define_flags(default_config, default_workdir)
-    except Exception as error:  # the file and its overrides are read when the flag is defined
+        define()
+    except Exception as error:  # a config file and its overrides are read when the flag is defined
         _fail(error)
     app.run(main, flags_parser=parse)
+
+
+def launch(entry: Callable[[ConfigDict, str], Any], default_config: str, default_workdir: str | None = None) -> None:
+    """`run` for an experiment: calls `entry(config, workdir)`.
+
+    Args:
+      entry: what to run.
+      default_config: path of a config file, relative to the repository.
+      default_workdir: run directory; None makes `--workdir` required.
+    """
+
+    def main() -> None:
+        if flags.FLAGS.multihost:
+            try:
+                jax.distributed.initialize(flags.FLAGS.coordinator, flags.FLAGS.num_hosts, flags.FLAGS.host)
+            except (ValueError, RuntimeError) as error:
+                _fail(f"--multihost: {error}; give --coordinator, --num_hosts and --host where no cluster is detected.")
+            if jax.process_index() > 0:
+                sys.stdout = open(os.devnull, "w")  # the first host speaks for all
+        config = flags.FLAGS.config
+        config.lock()
+        if flags.FLAGS.data_dir:
+            config.data.dir = flags.FLAGS.data_dir
+        entry(config, flags.FLAGS.workdir)
+
+    run(main, lambda: _define_flags(default_config, default_workdir))

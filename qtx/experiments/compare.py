@@ -19,9 +19,10 @@ from rich.console import Console
 
 from qtx import data
 from qtx.errors import UserError
+from qtx.experiments.classification import Classification
 from qtx.experiments.config import changed, policy_from, rounding_from
+from qtx.experiments.experiment import VALIDATION, family_and_sizes
 from qtx.experiments.run import check_quantization, post_training_quantization, save_quantized, train
-from qtx.experiments.setup import VALIDATION, Experiment, family_and_sizes, setup
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound
 from qtx.quant.policy import Policy
@@ -100,7 +101,7 @@ def compare(config: ConfigDict, workdir: str | Path) -> list[Row]:
         methods[name] = policy, rounding_from(section, config.adaround)
 
     clock = time.perf_counter()
-    experiment = setup(config)
+    experiment = Classification.make(config)
     for policy, rounding in methods.values():
         check_quantization(policy, rounding, experiment.sites())
     trained = train(experiment, workdir)
@@ -128,7 +129,7 @@ def compare(config: ConfigDict, workdir: str | Path) -> list[Row]:
     return rows
 
 
-def _baseline(experiment: Experiment, full: float) -> Row:
+def _baseline(experiment: Classification, full: float) -> Row:
     clock = time.perf_counter()
     predictions = tfidf_predictions(experiment.dataset)
     values = metrics.compute(experiment.task.metrics, predictions, experiment.dataset.splits["validation"].labels)
@@ -136,7 +137,7 @@ def _baseline(experiment: Experiment, full: float) -> Row:
     return Row("TF-IDF baseline", "-", "-", score, full - score, None, time.perf_counter() - clock)
 
 
-def report(rows: list[Row], workdir: Path, experiment: Experiment) -> None:
+def report(rows: list[Row], workdir: Path, experiment: Classification) -> None:
     """Prints the table and writes it with its plot into the run directory."""
     name = "+".join(experiment.task.metrics)
     table = Table(

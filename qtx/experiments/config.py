@@ -17,8 +17,9 @@ from ml_collections.config_dict import placeholder
 
 from qtx.errors import UserError, near_misses
 from qtx.methods.adaround import AdaRound
-from qtx.methods.agnews_study import input_policy, pattern_policy
+from qtx.methods.agnews_study import input_policy
 from qtx.methods.efficient_quantization import Value, policy_of, with_value
+from qtx.methods.patterns import pattern_policy
 from qtx.nn.aliases import policy as make_policy
 from qtx.quant import (
     Spec,
@@ -49,7 +50,8 @@ def base() -> ConfigDict:
     """Returns the default experiment: fine-tune MiniLM on film reviews, W8A8 when quantization is asked for."""
     return ConfigDict(
         {
-            "task": "film_reviews",  # a name from qtx.data.tasks, or 'table' or 'folder' with the paths in `data`
+            # A name from qtx.data.tasks; 'table' or 'folder', or 'parallel' for translation, with the paths in `data`.
+            "task": "film_reviews",
             "seed": 1000,  # of the head, the order of the data and dropout
             "recipe": ("finetune",),  # names of sections in `phases`, in order
             "model": {
@@ -85,7 +87,15 @@ def base() -> ConfigDict:
                 "buckets": 4,  # compiled lengths at most, in training
                 "eval_buckets": 2,  # and in evaluation, where compiling again costs more than padding
                 "eval_batch_size": 64,
+                "direction": "en-de",  # of translation: source and target language
+                "pairs": {  # task 'parallel': source and target file of each split; the test is optional
+                    "train": ("", ""),
+                    "validation": ("", ""),
+                    "test": ("", ""),
+                },
+                "plan": "buckets",  # of batches of pairs; 'published': by cost, in pools
             },
+            "translation": translation(),
             "phases": {
                 "finetune": phase(),
                 "qat": phase(quantized=True, learning_rate=2e-5),
@@ -107,6 +117,23 @@ def base() -> ConfigDict:
     )
 
 
+def translation() -> ConfigDict:
+    """Returns the section that describes how translators are trained and decoded."""
+    return ConfigDict(
+        {
+            "tokenizer": "subwords",  # of a model from nothing: 'words' as published
+            "vocabulary": 8000,  # subwords
+            "joint": True,  # one vocabulary for both languages
+            "label_smoothing": 0.1,
+            "divisor": "tokens",  # of the loss; 'rows' as published: of padding, too
+            "beam": 5,  # hypotheses of a sentence; 1: greedy. Evaluations while training are greedy
+            "length_penalty": 0.6,  # exponent of the length factor
+            "limit": 100,  # tokens of a translation
+            "published_bleu": False,  # report the published variant as well: greedy, on tokens and markers
+        }
+    )
+
+
 def phase(quantized: bool = False, learning_rate: float = 5e-5) -> ConfigDict:
     """Returns the section of one phase."""
     optimizer = dataclasses.asdict(OptimizerConfig(learning_rate=learning_rate))
@@ -115,7 +142,7 @@ def phase(quantized: bool = False, learning_rate: float = 5e-5) -> ConfigDict:
         {
             "epochs": 1.0,
             "steps": 0,  # overrides epochs if positive
-            "batch_size": 32,
+            "batch_size": 32,  # examples; in translation, tokens of the longer side, padding included
             "accumulate": 1,  # parts that a batch is worked off in
             "trainable": ("**",),  # patterns over parameter names
             "quantized": quantized,  # with the policy of `quant`
@@ -145,9 +172,9 @@ def quantization() -> ConfigDict:
             "weight_scheme": "symmetric",  # 'asymmetric', 'ternary', 'binary', 'ir_net', 'magnitude', ...: see `Spec`
             "weight_granularity": "tensor",  # 'channel'
             "weight_rounding": "nearest",  # 'stochastic', in training
-            "weight_scale": "mean",  # of ternary and binary grids: 'shift' (a power of two) or 'one'
+            "weight_scale": "mean",  # of ternary and binary grids: 'shift' (a power of two) or 'one'; of magnitude: 'norm'
             "weight_gradient": "straight",  # of ternary and binary grids: 'clipped' (within [-1, 1]) or 'decay'
-            "pattern": "",  # of layers whose weights are quantized, see `qtx.methods.agnews_study`; '': all weights
+            "pattern": "",  # of layers whose weights are quantized, see `qtx.methods.patterns`; '': all weights
             "weight_estimator": "current_minmax",
             "weight_options": ConfigDict(convert_dict=True),  # fields of the estimator
             "activation_bits": 8,
@@ -163,7 +190,8 @@ def quantization() -> ConfigDict:
             "setup": "all",  # 'FP_logits', 'MSE_logits'
             "overrides": "",  # of activations, Et, wP, wC: such as 'x=16, h=16, y=16' or 'y=ngp6, Et=2, z1=fp32'
             "adaround": False,  # learned rounding of the weights of linear layers, see the section `adaround`
-            "published_evaluation": False,  # of the AG_NEWS study: rounding is drawn again, no biases in quantized layers
+            "evaluation_rounding": "nearest",  # of weights that training rounds at random; 'drawn': once, with the seed
+            "published_evaluation": False,  # of two studies: drawn in every call, no biases in quantized layers
             "weight_overrides": "",  # by short name or pattern: such as 'FFN=4, **/position/table=8, wC=fp32'
         }
     )
@@ -185,7 +213,8 @@ def sweeping(**fields: Any) -> ConfigDict:
             "metric": "score",  # what the table shows
             "columns": "",  # axis that runs along the top of the table
             "mean": "mean",  # name of the column with the mean over those columns
-            "orderings": (),  # claims to look at: (row, '>' or '~' (within a point), row)
+            "orderings": (),  # claims: (row, relation, row); '>', '~' (near), '>=' (above or near)
+            "near": 0.01,  # of the metric: what orderings take for equal
             "heartbeat": 60,  # seconds between signs of life; five times as long without one and a trial is given away
             "keep_checkpoints": False,  # of trials that are done
         }
@@ -293,6 +322,8 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
     weights, activations = _weight_spec(section), _activation_spec(section)
     granularity = _granularity(section.activation_granularity)
     everywhere = None if granularity == per_tensor() else granularity
+    if section.evaluation_rounding not in ("nearest", "drawn"):
+        raise UserError(f"quant.evaluation_rounding is {section.evaluation_rounding!r}; choose from 'nearest', 'drawn'")
     overrides = parse_overrides(section.overrides)
     own = parse_overrides(section.weight_overrides, "quant.weight_overrides")
     if weights is None and activations is None:
@@ -331,7 +362,7 @@ def _weight_spec(section: ConfigDict) -> Spec | None:
         if scheme == "ir_net":
             return ir_net(granularity)
         options = {}
-        if scheme in ("ternary", "binary"):
+        if scheme in ("ternary", "binary", "magnitude"):
             options = dict(scale=section.weight_scale, gradient=section.weight_gradient)
         return Spec(bits, scheme, granularity, range="dynamic", rounding=section.weight_rounding, **options)
     if bits == 32:

@@ -66,6 +66,7 @@ ENTRIES: dict[str, Callable[[ConfigDict, Path], Outcome]] = {
     "compare": _compare,
 }
 SAMPLERS = ("grid", "random", "tpe")
+RELATIONS = (">", "~", ">=")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +174,10 @@ def plan(config: ConfigDict) -> list[Trial]:
         _check_range(base, bounds)
 
     for claim in section.orderings:
-        if len(claim) != 3 or claim[1] not in (">", "~"):
-            raise UserError(f"sweep.orderings: {claim!r} is not (row, '>' or '~', row)")
+        if len(claim) != 3 or claim[1] not in RELATIONS:
+            raise UserError(
+                f"sweep.orderings: {claim!r} is not (row, relation, row) with one of {', '.join(RELATIONS)}"
+            )
         for name in (claim[0], claim[2]):
             if name not in {row.name for row in rows}:
                 raise UserError(

@@ -21,11 +21,12 @@ from ml_collections import ConfigDict
 from qtx import models
 from qtx.errors import UserError
 from qtx.experiments.config import evaluation_from, optimizer_from, phases_of, policy_from, rounding_from
-from qtx.experiments.setup import VALIDATION, Experiment, setup
+from qtx.experiments.experiment import VALIDATION, Experiment
+from qtx.experiments.setup import setup
 from qtx.export.packed import packable, save_quantized
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound, adaround, layers_to_round
-from qtx.methods.calibrate import calibrate, quantized_weights
+from qtx.methods.calibrate import calibrate, with_frozen_weights
 from qtx.methods.qat import qat_phase
 from qtx.nn.describe import describe
 from qtx.nn.sites import SiteInfo, check_policy
@@ -51,7 +52,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
     splits = (*VALIDATION, "test") if config.evaluate_test else VALIDATION
 
     def evaluate(phase: Phase, variables: Mapping[str, Any]) -> dict[str, float]:
-        return experiment.evaluate(phase.model, variables, splits)
+        return experiment.evaluate(phase.model, variables, splits, quick=True)
 
     recipe: list[Phase] = []
     policy: Policy | None = None
@@ -61,6 +62,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
             steps=section.steps,
             trainable=tuple(section.trainable),
             accumulate=section.accumulate,
+            objective=experiment.objective,
             evaluation=evaluation_from(name, section, evaluate),
         )
         optimizer = optimizer_from(section.optimizer)
@@ -156,7 +158,7 @@ def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
         plot_curves(curves, workdir / "curves.png")
     names = list(dict.fromkeys(name for values in found.values() for name in values))
     rows = [[phase, *(values.get(name) for name in names), seconds[phase]] for phase, values in found.items()]
-    table = Table(["phase", *names, "seconds"], rows)
+    table = Table(["phase", *names, "seconds"], rows, title=experiment.measured)
     table.print()
     table.save(workdir, "report")
     return {**variables, "metrics": found, "experiment": experiment}
@@ -175,15 +177,9 @@ def save_trained(
     models.save(workdir / "model", family, sizes, variables["params"], experiment.tokenizer)
     if policy is not None and packable(policy):
         trained = last.model.policy  # type: ignore[attr-defined]
-        save_quantized(
-            workdir / "quantized",
-            family,
-            sizes,
-            trained,
-            variables["params"],
-            variables["ranges"],
-            experiment.tokenizer,
-        )
+        params = experiment.frozen(last.model, variables)[1]["params"]
+        ranges = variables["ranges"]
+        save_quantized(workdir / "quantized", family, sizes, trained, params, ranges, experiment.tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,9 +222,7 @@ def post_training_quantization(
     if rounded is not None:
         params, weights = rounded.params, rounded.ranges
     ranges = calibrate(model, params, batches, weights=weights, **calibration_options(experiment.config))
-    frozen = quantized_weights(policy, sites, params, ranges)
-    rest = dataclasses.replace(policy, weights=())
-    runnable = experiment.model.clone(policy=rest if rest.activations or rest.inputs else None)
+    runnable, frozen = with_frozen_weights(model, sites, params, ranges)
     table = None if rounded is None else rounded.table()
     return Quantized(runnable, {"params": frozen, "ranges": ranges}, policy, params, ranges, table)
 
@@ -269,7 +263,7 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     full = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
     columns = ["model", *before, "MiB of weights"]
     rows = [["full precision", *before.values(), full / 2**20], ["quantized", *after.values(), size / 2**20]]
-    table = Table(columns, rows)
+    table = Table(columns, rows, title=experiment.measured)
     table.print()
     table.save(workdir, "report")
     result = {"full_precision": before, "quantized": after, "weight_bytes": size}
@@ -289,7 +283,7 @@ def evaluate(config: ConfigDict, workdir: str | Path | None = None) -> dict[str,
     experiment = setup(config)
     require_trained(experiment)
     values = experiment.evaluate(experiment.model, experiment.variables)
-    Table(["model", *values], [[config.model.name, *values.values()]]).print()
+    Table(["model", *values], [[config.model.name, *values.values()]], title=experiment.measured).print()
     if workdir:
         save_config(config, workdir)
         write_text(Path(workdir) / "result.json", json.dumps(values, indent=2))

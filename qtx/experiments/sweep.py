@@ -28,9 +28,9 @@ from rich.console import Console
 
 from qtx.errors import UserError
 from qtx.experiments.config import phases_of, policy_from, rounding_from, sweeping
+from qtx.experiments.experiment import family_and_sizes
 from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
 from qtx.experiments.run import check_quantization
-from qtx.experiments.setup import family_and_sizes
 from qtx.experiments.study import Attempt, Claim, Ledger, TakenOver, without_password
 from qtx.experiments.sweep_plots import plot_sweep
 from qtx.experiments.sweep_report import Report, make_report

@@ -16,7 +16,6 @@ from qtx.experiments.study import Attempt
 from qtx.files import write_text
 from qtx.train.report import Table
 
-_NEAR = 0.01  # of a score: what counts as the same
 _SHOWN = 12  # missing cells that are printed; the file has all
 
 
@@ -132,7 +131,7 @@ def make_report(section: ConfigDict, trials: Sequence[Trial], attempts: Mapping[
 
 
 def _orderings(cells: Sequence[Cell], section: ConfigDict) -> Table:
-    """Looks at every claim `(row, relation, row)`: the medians are more than nothing apart, or less than a point."""
+    """Looks at every claim `(row, relation, row)` about medians."""
     medians = {(cell.point, cell.row): cell.median for cell in cells}
     rows = []
     for point in dict.fromkeys(cell.point for cell in cells):
@@ -140,10 +139,11 @@ def _orderings(cells: Sequence[Cell], section: ConfigDict) -> Table:
             a, b = medians.get((point, first)), medians.get((point, second))
             holds = ""
             if a is not None and b is not None:
-                holds = "yes" if (a > b if relation == ">" else abs(a - b) <= _NEAR) else "no"
+                found = {">": a > b, "~": abs(a - b) <= section.near, ">=": a >= b - section.near}
+                holds = "yes" if found[relation] else "no"
             rows.append([point, f"{first} {relation} {second}", a, b, holds])
     formats = {"first": ".4f", "second": ".4f"}
-    title = f"orderings of the medians (~: within {_NEAR} of each other)"
+    title = f"orderings of the medians (~: within {section.near} of each other; >=: not more than that below)"
     return Table(["point", "claim", "first", "second", "holds"], rows, formats, title)
 
 

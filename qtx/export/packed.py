@@ -37,8 +37,7 @@ from qtx.errors import UserError, near_misses
 from qtx.files import whole_file, write_text
 from qtx.methods.calibrate import stored_qparams
 from qtx.models.checkpoints import abstract_params
-from qtx.models.families import Family, example_inputs, get_family
-from qtx.nn.bert import BertConfig
+from qtx.models.families import Family, ModelConfig, get_family
 from qtx.nn.sites import SiteInfo, check_policy, list_sites
 from qtx.quant import estimators, grid, rows
 from qtx.quant.pack import pack, pack_trits, unpack, unpack_trits
@@ -67,7 +66,7 @@ class Quantized:
     """
 
     family: Family
-    config: BertConfig
+    config: ModelConfig
     policy: Policy
     params: dict[str, Any]
     ranges: dict[str, Any]
@@ -248,7 +247,7 @@ def _dequantize(granularity: Granularity, codes: jax.Array, scale: jax.Array, ze
 def save_quantized(
     directory: str | Path,
     model_family: Family,
-    config: BertConfig,
+    config: ModelConfig,
     policy: Policy,
     params: Mapping[str, Any],
     ranges: Mapping[str, Any],
@@ -279,7 +278,7 @@ def save_quantized(
             raise UserError(
                 f"parameter {name!r}: {found} in the params, {wanted} by the config; save them with their own"
             )
-    sites = list_sites(model_family.module(config=config), {"params": abstract}, *example_inputs())
+    sites = list_sites(model_family.module(config=config), {"params": abstract}, *model_family.example_inputs())
     check_policy(policy, sites)
 
     tensors = _range_tensors(policy, sites, ranges)
@@ -403,7 +402,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return header, tensors
 
 
-def _check_config(path: Path, weights: Path, family: Family, config: BertConfig) -> None:
+def _check_config(path: Path, weights: Path, family: Family, config: ModelConfig) -> None:
     """Raises a `UserError` unless config.json describes the model in the weights file."""
     try:
         hf = json.loads(path.read_text())

@@ -1,6 +1,6 @@
 """The AG_NEWS study: which layers of a classifier are quantized or binarized (patterns), and how.
 
-A pattern is a set of weight sites, so it fits every encoder of qtx, not only the two-layer classifier of the study:
+A pattern is a set of weight sites (see `qtx.methods.patterns`), so it fits other models, too:
 
     MHA, FFN, CLS      attention, feed-forward layers, head alone
     ALL                every linear layer; ALL_wo_final: but the last one
@@ -19,7 +19,6 @@ from typing import Any
 import jax.numpy as jnp
 from flax import traverse_util
 
-from qtx.errors import UserError, near_misses
 from qtx.nn.aliases import policy as make_policy
 from qtx.quant.policy import Policy
 from qtx.quant.spec import Spec
@@ -33,27 +32,11 @@ PATTERNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "CLS_wo_final": (("CLS",), (FINAL,)),
     "ALL": (("**/kernel",), ()),
     "ALL_wo_final": (("**/kernel",), (FINAL,)),
-    "ALL_QK": (("**/kernel",), (FINAL, "**/attention/value/kernel")),
-    "ALL_QV": (("**/kernel",), (FINAL, "**/attention/key/kernel")),
-    "ALL_KV": (("**/kernel",), (FINAL, "**/attention/query/kernel")),
-    "MHA_QK_ONLY": (tuple(f"**/attention/{name}/kernel" for name in ("query", "key", "out")), ()),
+    "ALL_QK": (("**/kernel",), (FINAL, "**/*attention/value/kernel")),
+    "ALL_QV": (("**/kernel",), (FINAL, "**/*attention/key/kernel")),
+    "ALL_KV": (("**/kernel",), (FINAL, "**/*attention/query/kernel")),
+    "MHA_QK_ONLY": (tuple(f"**/*attention/{name}/kernel" for name in ("query", "key", "out")), ()),
 }
-
-
-def pattern_policy(pattern: str, weights: Spec) -> Policy:
-    """Returns the policy that puts the weights of a pattern on a grid.
-
-    Args:
-      pattern: a key of `PATTERNS`.
-      weights: their grid.
-
-    Raises:
-      UserError: on an unknown pattern.
-    """
-    if pattern not in PATTERNS:
-        raise UserError(f"unknown pattern {pattern!r}{near_misses(pattern, PATTERNS)}")
-    chosen, left_out = PATTERNS[pattern]
-    return make_policy(weights=dict.fromkeys(chosen, weights) | dict.fromkeys(left_out))
 
 
 def input_policy(activations: Spec) -> Policy:

@@ -1,8 +1,8 @@
 """Post-training quantization: find the range of every quantized tensor from a few batches.
 
     model = BertClassifier(config, policy=policy(symmetric(8), asymmetric(8)))
-    ranges = calibrate(model, params, [inputs(batch) for batch in batches])
-    logits = model.apply({"params": params, "ranges": ranges}, *inputs(batch)).logits
+    ranges = calibrate(model, params, [inputs(model, batch) for batch in batches])
+    logits = model.apply({"params": params, "ranges": ranges}, *inputs(model, batch)).logits
 
 The forward pass of calibration is already quantized: later layers see what earlier ones hand on (Bondarenko et al. 2021,
 section 5). Weight ranges do not depend on data and are found first, one compiled search per shape. Nothing is trained.
@@ -222,7 +222,9 @@ def _check_finite(ranges: Mapping[str, Any], reason: str) -> None:
             raise UserError(f"site {name.rpartition('/')[0]!r} has no finite range: {reason}")
 
 
-def quantized_weights(policy: Policy, sites: Mapping[str, SiteInfo], params: Any, ranges: Any) -> dict[str, Any]:
+def quantized_weights(
+    policy: Policy, sites: Mapping[str, SiteInfo], params: Any, ranges: Any, key: jax.Array | None = None
+) -> dict[str, Any]:
     """Returns the parameters with every quantized weight on its grid (fake quantization, once and for all).
 
     Args:
@@ -230,13 +232,37 @@ def quantized_weights(policy: Policy, sites: Mapping[str, SiteInfo], params: Any
       sites: from `list_sites`.
       params: nested parameters.
       ranges: from `calibrate`.
+      key: of the draws of stochastic rounding, one for each weight; None: all weights are rounded to nearest.
     """
     flat = dict(traverse_util.flatten_dict(params, sep="/"))
-    for name, info in sites.items():
+    for number, (name, info) in enumerate(sites.items()):
         spec = policy.spec("weight", name) if info.kind == "weight" else None
         if spec is not None:
-            flat[name] = fake_quant_weight(spec.at(info.channel_axis, len(info.shape)), flat[name], ranges, name)
+            drawn = None
+            if key is not None and spec.rounding == "stochastic":
+                drawn = jax.random.uniform(jax.random.fold_in(key, number), info.shape)
+            flat[name] = fake_quant_weight(spec.at(info.channel_axis, len(info.shape)), flat[name], ranges, name, drawn)
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def with_frozen_weights(
+    model: nn.Module, sites: Mapping[str, SiteInfo], params: Any, ranges: Any, key: jax.Array | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Returns the model without rules for weights, or without a policy if nothing is left, and parameters on their grids.
+
+    It computes the same, and quantizes no weight in every call: for evaluation, and for decoding above all.
+
+    Args:
+      model: with the policy it was calibrated or trained with.
+      sites: from `list_sites`.
+      params: nested parameters.
+      ranges: from `calibrate` or training.
+      key: see `quantized_weights`.
+    """
+    policy: Policy = model.policy  # type: ignore[attr-defined]
+    rest = dataclasses.replace(policy, weights=())
+    left = rest if rest.activations or rest.inputs else None
+    return model.clone(policy=left), quantized_weights(policy, sites, params, ranges, key)
 
 
 def stored_qparams(ranges: Mapping[str, Any], name: str) -> grid.QParams | None:
@@ -249,11 +275,13 @@ def stored_qparams(ranges: Mapping[str, Any], name: str) -> grid.QParams | None:
     return grid.QParams(**node)
 
 
-def fake_quant_weight(spec: Spec, weight: jax.Array, ranges: Mapping[str, Any], name: str) -> jax.Array:
-    """Puts one weight on its grid, with its stored range or one of its own (dynamic)."""
+def fake_quant_weight(
+    spec: Spec, weight: jax.Array, ranges: Mapping[str, Any], name: str, noise: jax.Array | None = None
+) -> jax.Array:
+    """Puts one weight on its grid, with its stored range or one of its own (dynamic); `noise` as in `grid.fake_quant`."""
     params = stored_qparams(ranges, name)
     if params is None and not spec.is_codebook:
         if spec.range != "dynamic":
             raise UserError(f"weight {name!r} has no range; calibrate with the same policy first")
         params = _estimate(spec, weight)
-    return _fake_quant(spec, weight, params)
+    return _fake_quant(spec, weight, params, noise)

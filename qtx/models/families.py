@@ -12,24 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from qtx.errors import UserError
-from qtx.models import albert, bert, distilbert, mobilebert, roberta, squeezebert, text_classifier
+from qtx.models import albert, bert, distilbert, encoder_decoder, mobilebert, roberta, squeezebert, text_classifier
 from qtx.nn.albert import AlbertClassifier
 from qtx.nn.bert import BertClassifier, BertConfig
 from qtx.nn.distilbert import DistilBertClassifier
+from qtx.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from qtx.nn.mobilebert import MobileBertClassifier
 from qtx.nn.roberta import RobertaClassifier
 from qtx.nn.sites import SiteInfo, list_sites
 from qtx.nn.squeezebert import SqueezeBertClassifier
 from qtx.nn.text_classifier import TextClassifier
 
+ModelConfig = BertConfig | EncoderDecoderConfig
+"""Sizes and rates of a model of any family."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One family of encoders.
+    """One family of models.
 
     Attributes:
       name: Hugging Face `model_type`; `qtx_...` for a model of qtx's own.
-      architecture: Hugging Face class name of the classifier.
+      architecture: Hugging Face class name of the model with its head.
       module: linen class; takes `config`, `dtype` and `policy`.
       config_from_hf: from the keys of `config.json`.
       config_to_hf: back.
@@ -44,7 +48,7 @@ class Family:
     name: str
     architecture: str
     module: type[nn.Module]
-    config_from_hf: Callable[[Mapping[str, Any]], BertConfig]
+    config_from_hf: Callable[[Mapping[str, Any]], ModelConfig]
     config_to_hf: Callable[[Any], dict[str, Any]]
     modules: Callable[[Any], Mapping[str, str]]
     prefix: str
@@ -53,10 +57,19 @@ class Family:
     kernel_from_hf: Callable[[np.ndarray], np.ndarray] = np.transpose
     kernel_to_hf: Callable[[str, np.ndarray], np.ndarray] = lambda path, kernel: kernel.T
 
-    def sites(self, config: BertConfig) -> dict[str, SiteInfo]:
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of what a model is called with."""
+        return self.module.inputs  # type: ignore[attr-defined]
+
+    def example_inputs(self) -> tuple[jax.Array, ...]:
+        """Returns what a model is called with, to trace it: int32 `[1, 8]` for each of its `inputs`."""
+        return (jnp.zeros((1, 8), jnp.int32),) * len(self.inputs)
+
+    def sites(self, config: ModelConfig) -> dict[str, SiteInfo]:
         """Returns the sites of a model of this family and size; nothing is computed."""
-        model = self.module(config=config)
-        return list_sites(model, jax.eval_shape(model.init, jax.random.key(0), *example_inputs()), *example_inputs())
+        model, args = self.module(config=config), self.example_inputs()
+        return list_sites(model, jax.eval_shape(model.init, jax.random.key(0), *args), *args)
 
 
 FAMILIES: dict[str, Family] = {
@@ -139,6 +152,17 @@ FAMILIES: dict[str, Family] = {
         fresh=("classifier",),
         ignored=("input_encodings.pe",),
     ),
+    "qtx_encoder_decoder": Family(
+        name="qtx_encoder_decoder",
+        architecture="EncoderDecoder",
+        module=EncoderDecoder,
+        config_from_hf=encoder_decoder.config_from_hf,
+        config_to_hf=encoder_decoder.config_to_hf,
+        modules=encoder_decoder.modules,
+        prefix="",
+        fresh=(),
+        ignored=("src_pos_embedding.", "trg_pos_embedding."),
+    ),
 }
 
 
@@ -148,9 +172,3 @@ def get_family(model_type: str) -> Family:
         # All of them, not the nearest: another family is another model, not a slip of the pen.
         raise UserError(f"model family {model_type!r} is not supported; choose from: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
-
-
-def example_inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns ids, attention mask and token types `[1, 8]`: what every family is called with, to trace a model."""
-    ids = jnp.zeros((1, 8), jnp.int32)
-    return ids, ids, ids

@@ -110,8 +110,12 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
     policy: Policy | None = None
 
+    def initializers(self) -> dict[str, Any]:
+        """Returns the fields of `Dense` that say how linear layers start."""
+        return {"kernel_init": nn.initializers.normal(self.config.initializer_range)}
+
     def dense(self, features: int, name: str, activation=None, groups: int = 1, **fields: Any) -> Dense:
-        fields = {"kernel_init": nn.initializers.normal(self.config.initializer_range)} | fields
+        fields = self.initializers() | fields
         return Dense(features, activation, dtype=self.dtype, policy=self.policy, groups=groups, name=name, **fields)
 
     def norm(self) -> nn.Module:
@@ -120,9 +124,18 @@ class Block(nn.Module):
     def part(self, kind: type[Part], name: str, **fields: Any) -> Part:
         return kind(self.config, self.dtype, self.policy, name=name, **fields)
 
+    def score_divisor(self, width: int) -> float:
+        """Returns what scores are divided by before the softmax, for heads of this width."""
+        return width**0.5
+
     def masked(self, scores: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns scores `[B, H, T, T]` (scaled) of which the softmax leaves padding out; `mask` is bool `[B, T]`."""
-        return scores + jnp.where(mask, 0.0, MASKED)[:, None, None, :]
+        """Returns divided scores `[B, H, Q, T]`, of which the softmax leaves out what is false in the mask.
+
+        Args:
+          scores: `[B, H, Q, T]`.
+          mask: bool `[B, 1, 1, T]` or `[B, 1, Q, T]`.
+        """
+        return scores + jnp.where(mask, 0.0, MASKED)
 
     def pool(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Returns the first token or the mean of the tokens, `[B, D]`."""
@@ -165,11 +178,11 @@ def attend(block: Block, query, key, value, mask: jax.Array, where: jax.Array, d
 
     Args:
       block: the module.
-      query: `[B, Q, D]`, of the first Q tokens.
+      query: `[B, Q, D]`.
       key: `[B, T, D]`.
       value: `[B, T, D]`.
-      mask: bool `[B, T]`, true for tokens.
-      where: `[B, Q, 1]`, the same for the queries.
+      mask: bool `[B, T]`, or `[B, Q, T]` where it depends on the query: the keys that are seen.
+      where: bool `[B, Q, 1]`: the queries that count in calibration.
       deterministic: False: dropout of the probabilities.
 
     Returns:
@@ -178,10 +191,11 @@ def attend(block: Block, query, key, value, mask: jax.Array, where: jax.Array, d
     c = block.config
     shape, width = query.shape, query.shape[-1] // c.num_heads
     query, key, value = (x.reshape(*x.shape[:2], c.num_heads, width) for x in (query, key, value))
-    pairs = mask[:, None, : shape[1], None] & mask[:, None, None, :]
+    mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+    pairs = mask & where[:, None]
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
     scores = site(block, "scores", scores, where=pairs, features=False)
-    probs = nn.softmax(block.masked(scores.astype(jnp.float32) / width**0.5, mask)).astype(block.dtype)
+    probs = nn.softmax(block.masked(scores.astype(jnp.float32) / block.score_divisor(width), mask)).astype(block.dtype)
     probs = site(block, "probs", probs, where=pairs, features=False)
     probs = block.dropout(probs, deterministic, c.attention_dropout)
     context = jnp.einsum("bhqk,bkhd->bqhd", probs, value).reshape(shape)
@@ -264,8 +278,12 @@ class Pooler(Block):
 
 
 class BertClassifier(Block):
-    """BERT with a pooler and a linear head for sequence classification or regression (one label)."""
+    """BERT with a pooler and a linear head for sequence classification or regression (one label).
 
+    `inputs` names what the model is called with, as arrays of a batch.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
     encoder_type: ClassVar[type[Block]] = Encoder
     pooler_type: ClassVar[type[Block]] = Pooler
 

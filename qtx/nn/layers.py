@@ -11,6 +11,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qtx.errors import UserError
 from qtx.nn.sites import site
@@ -29,6 +30,12 @@ def uniform_bias(inputs: int) -> Initializer:
     """Returns the initializer of the bias of a linear layer with so many inputs: uniform in +-1/sqrt(inputs)."""
     bound = inputs**-0.5
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def sinusoids(tokens: int, width: int) -> np.ndarray:
+    """Returns the position encodings of Vaswani et al. 2017 (section 3.5), float32 `[T, D]`, sine and cosine in turn."""
+    angles = np.arange(tokens)[:, None] * np.exp(-np.arange(0, width, 2) * np.log(10000.0) / width)
+    return np.stack([np.sin(angles), np.cos(angles)], -1).reshape(tokens, width).astype(np.float32)
 
 
 def dropout(module: nn.Module, x: jax.Array, rate: float, deterministic: bool) -> jax.Array:
@@ -77,21 +84,29 @@ class Dense(nn.Module):
     input_dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, where: jax.Array | None = None, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        where: jax.Array | None = None,
+        deterministic: bool = True,
+        kernel: jax.Array | None = None,
+    ) -> jax.Array:
         """Maps `[..., in]` to `[..., features]`.
 
         Args:
           x: the input.
           where: bool, broadcastable to `x`: the elements that count in calibration.
           deterministic: False: dropout of the input.
+          kernel: `[in / groups, features]`, a matrix of another module (see `Embed.whole`), as it is; None: the layer's own.
         """
         groups, width = self.groups, x.shape[-1]
         if groups < 1 or width % groups or self.features % groups:
             name = "/".join(self.path) or "Dense"
             raise UserError(f"{name}: {groups} groups do not divide both widths, {width} and {self.features}")
-        kernel = self.param("kernel", self.kernel_init, (width // groups, self.features), jnp.float32)
+        if kernel is None:
+            kernel = self.param("kernel", self.kernel_init, (width // groups, self.features), jnp.float32)
+            kernel = site(self, "kernel", kernel, kind="weight")
         bias = self.param("bias", self.bias_init(width // groups), (self.features,), jnp.float32)
-        kernel = site(self, "kernel", kernel, kind="weight")
         x = site(self, "input", x.astype(self.dtype), kind="input", where=where)
         x = dropout(self, x, self.input_dropout, deterministic)
         kernel = kernel.astype(self.dtype)
@@ -124,11 +139,19 @@ class Embed(nn.Module):
     dtype: jnp.dtype = jnp.float32
     policy: Policy | None = None
 
-    @nn.compact
+    def setup(self):
+        self.table = self.param("table", self.table_init, (self.count, self.features), jnp.float32)
+
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Maps int `[...]` to `[..., features]`."""
-        table = self.param("table", self.table_init, (self.count, self.features), jnp.float32)
-        return site(self, "table", table, kind="weight", channel_axis=0, lookup=ids).astype(self.dtype)
+        return site(self, "table", self.table, kind="weight", channel_axis=0, lookup=ids).astype(self.dtype)
+
+    def whole(self) -> jax.Array:
+        """Returns the table on its grid, float32 `[count, features]`, for a layer that shares it.
+
+        Rounding at random draws here and in each look-up on its own.
+        """
+        return site(self, "table", self.table, kind="weight", channel_axis=0)
 
 
 class LayerNorm(nn.Module):

@@ -25,16 +25,15 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qtx.errors import UserError, near_misses
 from qtx.nn import bert
-from qtx.nn.layers import Dense, DeviationNorm, Embed, uniform_bias
+from qtx.nn.layers import DeviationNorm, Embed, sinusoids, uniform_bias
 from qtx.nn.sites import site
 
 PUBLISHED_MASKED = -1e-9  # what the published code writes over the scores of padding
 
-_XAVIER = nn.initializers.xavier_uniform()
+XAVIER = nn.initializers.xavier_uniform()
 _CHOICES = {"mask": ("exact", "published"), "embedding": ("once", "twice"), "pooling": ("cls", "mean")}
 _COUNTS = (
     "vocab_size",
@@ -102,20 +101,17 @@ class TextClassifierConfig(bert.BertConfig):
             raise UserError(f"hidden_size {self.hidden_size} is odd: sinusoids come in pairs")
 
 
-def sinusoids(tokens: int, width: int) -> np.ndarray:
-    """Returns the position encodings of Vaswani et al. 2017 (section 3.5), float32 `[T, D]`, sine and cosine in turn."""
-    angles = np.arange(tokens)[:, None] * np.exp(-np.arange(0, width, 2) * np.log(10000.0) / width)
-    return np.stack([np.sin(angles), np.cos(angles)], -1).reshape(tokens, width).astype(np.float32)
+class PreNormBlock(bert.Block):
+    """A part of a pre-norm model that is trained from nothing: how its linear layers start, as published."""
+
+    def initializers(self) -> dict[str, Any]:
+        return {"kernel_init": XAVIER, "bias_init": uniform_bias}
 
 
-class _Block(bert.Block):
-    """A part of the model: its linear layers start as published, and its norms divide by deviation plus epsilon."""
+class _Block(PreNormBlock):
+    """A part of the model: its norms divide by deviation plus epsilon, and it may see padding as published."""
 
     config: TextClassifierConfig
-
-    def dense(self, features: int, name: str, activation=None, groups: int = 1, **fields: Any) -> Dense:
-        fields = {"kernel_init": _XAVIER, "bias_init": uniform_bias} | fields
-        return super().dense(features, name, activation, groups, **fields)
 
     def norm(self) -> nn.Module:
         return DeviationNorm(self.config.layer_norm_eps, self.dtype, self.policy, name="norm")
@@ -123,7 +119,7 @@ class _Block(bert.Block):
     def masked(self, scores: jax.Array, mask: jax.Array) -> jax.Array:
         if self.config.mask == "exact":
             return super().masked(scores, mask)
-        return jnp.where(mask[:, None, None, :], scores, PUBLISHED_MASKED)
+        return jnp.where(mask, scores, PUBLISHED_MASKED)
 
 
 class Embeddings(_Block):
@@ -136,7 +132,7 @@ class Embeddings(_Block):
         c, tokens = self.config, input_ids.shape[1]
 
         def table(count: int, name: str) -> Embed:
-            return Embed(count, c.embedding_width, _XAVIER, self.dtype, self.policy, name=name)
+            return Embed(count, c.embedding_width, XAVIER, self.dtype, self.policy, name=name)
 
         positions = table(c.position_rows, "position")(jnp.arange(tokens)[None])
         e = (table(c.vocab_size, "word")(input_ids) + positions) * c.hidden_size**0.5
@@ -167,7 +163,7 @@ class Attention(_Block):
         return site(self, "residual", x[:, :count] + y, where=asking)
 
 
-class FeedForward(_Block):
+class PreNormFeedForward(PreNormBlock):
     """The two-layer perceptron behind its norm, with its residual."""
 
     @nn.compact
@@ -178,6 +174,10 @@ class FeedForward(_Block):
         down = self.dense(x.shape[-1], "down", input_dropout=c.hidden_dropout)
         y = self.dropout(down(y, where, deterministic), deterministic)
         return site(self, "residual", x + y, where=where)
+
+
+class FeedForward(_Block, PreNormFeedForward):
+    """The feed-forward part of a layer."""
 
 
 class Layer(_Block):

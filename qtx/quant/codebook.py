@@ -3,7 +3,8 @@
     ternary     t = 0.7 mean|x|, codes sign(x) [|x| > t], scale = mean of |x| over the non-zero codes   (Li et al. 2016)
     binary      codes sign(x) with sign(0) = +1, scale = mean|x|                                  (Rastegari et al. 2016)
     magnitude   s = 2^b - 1, l = s |x| / max|x|, codes sign(x) (floor(l) + m) with m in {0, 1}, scale = max|x| / s;
-                m is 1 with probability l - floor(l) if rounding is stochastic             (Alistarh et al. 2017, QSGD)
+                m is 1 with probability l - floor(l) if rounding is stochastic             (Alistarh et al. 2017, QSGD);
+                with scale='norm' the Euclidean norm stands for max|x|, as in the paper
 
 Means run over the elements that share a range. A row of zeros has scale 0 and stays zero.
 
@@ -91,7 +92,7 @@ def _signs(spec: Spec, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _magnitude_codes(spec: Spec, x: jax.Array, noise: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     levels = float(2**spec.bits - 1)
-    largest = rows.largest(jnp.abs(x), spec.granularity)
+    largest = (rows.norm if spec.scale == "norm" else rows.largest)(jnp.abs(x), spec.granularity)
     level = divide(jnp.abs(x), jnp.where(largest > 0, largest, 1)) * levels
     if noise is None:
         whole = jnp.round(level)

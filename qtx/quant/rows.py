@@ -128,6 +128,13 @@ def largest(x: jax.Array, granularity: Granularity) -> jax.Array:
     return expand(result[0] if granularity.axis is None else result, granularity, x.shape)
 
 
+def norm(x: jax.Array, granularity: Granularity) -> jax.Array:
+    """Returns the Euclidean norm of the elements that share a range, broadcastable to `x`."""
+    rows = to_rows(x, granularity)
+    result = jnp.sqrt(jnp.sum(jnp.square(rows), tuple(range(1, rows.ndim))))
+    return expand(result[0] if granularity.axis is None else result, granularity, x.shape)
+
+
 def extremes(x: jax.Array, axis: int, where: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Returns the least and greatest value at every index of `axis`, each `[d]`; `where` marks the elements that count."""
     others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)

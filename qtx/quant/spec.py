@@ -223,7 +223,8 @@ class Spec:
         (see `qtx.quant.ste.uniform_compact`).
       rounding: `'nearest'`, or `'stochastic'`: up or down at random so that the mean is kept, in training (where the random
         stream `rounding` is given), else to nearest; for `'shifted'`: `'truncate'` or `'floor'`.
-      scale: of a codebook: `'mean'` (of the magnitudes), `'shift'` (the power of two nearest to it) or `'one'`.
+      scale: of signs and ternary values: `'mean'` (of the magnitudes), `'shift'` (the power of two nearest to it) or `'one'`;
+        of `'magnitude'`: `'norm'` puts the Euclidean norm in the place of the largest magnitude.
       gradient: of a codebook: `'straight'` (all of it passes), `'clipped'` (where |x| <= 1, inclusive) or `'decay'` (IR-Net's
         error decay estimator, which depends on the progress of training).
       standardize: of a codebook: each row is centred and scaled to unit standard deviation first (IR-Net).
@@ -241,13 +242,13 @@ class Spec:
     backward: Literal["exact", "compact"] = "exact"
     range_gradient: Literal["plain", "lsq"] = "plain"
     rounding: Literal["nearest", "stochastic", "truncate", "floor"] = "nearest"
-    scale: Literal["mean", "shift", "one"] = "mean"
+    scale: Literal["mean", "shift", "one", "norm"] = "mean"
     gradient: Literal["straight", "clipped", "decay"] = "straight"
     standardize: bool = False
 
     def __post_init__(self):
         _choice("rounding", self.rounding, ("nearest", "stochastic", "truncate", "floor"))
-        _choice("codebook scale", self.scale, ("mean", "shift", "one"))
+        _choice("codebook scale", self.scale, ("mean", "shift", "one", "norm"))
         _choice("codebook gradient", self.gradient, ("straight", "clipped", "decay"))
         _choice("backward pass", self.backward, ("exact", "compact"))
         _choice("range gradient", self.range_gradient, ("plain", "lsq"))
@@ -276,7 +277,9 @@ class Spec:
             )
         if self.rounding == "stochastic" and self.scheme in CODEBOOKS and "magnitude" not in self.scheme:
             raise UserError(f"the codes of {self.scheme!r} are not rounded: use rounding='nearest'")
-        own = (self.scale, self.gradient, self.standardize) != ("mean", "straight", False)
+        if self.scale == "norm" and self.scheme != "magnitude":
+            raise UserError(f"scale='norm' is for magnitude grids, not {self.scheme!r}")
+        own = self.scale in ("shift", "one") or self.gradient != "straight" or self.standardize
         if own and self.scheme not in ("ternary", "binary"):
             raise UserError(f"scale, gradient and standardize are for ternary and binary grids, not {self.scheme!r}")
         if self.scheme in ("offset", "shifted") and isinstance(self.estimator, Search):

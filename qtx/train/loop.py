@@ -157,7 +157,7 @@ def replicate_missing(state: TrainState, mesh: Mesh) -> TrainState:
 def _observers(phase: Phase, span: Span, state: TrainState, example: Batch) -> dict[str, Any]:
     """Estimators start from the calibrated ranges' own data: one observation of the first batch."""
     variables = state.variables() | scheduled(phase, span, span.start)
-    _, changed = phase.model.apply(variables, *inputs(example), mutable=["ranges", "observers"])
+    _, changed = phase.model.apply(variables, *inputs(phase.model, example), mutable=["ranges", "observers"])
     return changed.get("observers", {})
 
 
@@ -243,7 +243,7 @@ def _logits(
     model: nn.Module, variables: Mapping[str, Any], batch: Batch, key: jax.Array | None, number: int
 ) -> tuple[jax.Array, jax.Array]:
     rngs = None if key is None else {"rounding": jax.random.fold_in(key, number)}
-    outputs: Any = model.apply(variables, *inputs(batch), rngs=rngs)
+    outputs: Any = model.apply(variables, *inputs(model, batch), rngs=rngs)
     # Whole on every device: each host can read all of them.
     return jax.lax.with_sharding_constraint((outputs.logits, batch["index"]), jax.P())
 

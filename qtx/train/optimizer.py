@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
+import jax.numpy as jnp
 import optax
 
-from qtx.errors import UserError
+from qtx.errors import UserError, near_misses
 from qtx.quant.policy import matches
 
 # Biases, norms and ranges are never decayed: a decayed range parameter shrinks its grid.
 NO_DECAY = ("**/bias", "**/norm/scale", "ranges/**")
+Schedule = Literal["linear", "cosine", "constant", "inverse_sqrt"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,10 @@ class OptimizerConfig:
       rate_factors: pairs of a pattern over parameter names and a factor on their learning rate, such as
         `('classifier/**', 10.0)` for a fresh head; the last pair that matches counts.
       warmup: share of the steps with a linearly rising rate.
-      schedule: what follows: linear decay to zero, cosine decay to zero, or constant.
+      warmup_steps: their number; overrides `warmup` if positive.
+      schedule: what follows: linear decay to zero, cosine decay to zero, or constant. `'inverse_sqrt'` is the schedule of
+        Vaswani et al. 2017 (section 5.3): in step t, counted from 1, `min(t / warm, sqrt(warm / t))` of the peak. Theirs is
+        the peak `1 / sqrt(width * warm)`.
       weight_decay: decoupled; not for biases, norms and ranges.
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -36,7 +41,8 @@ class OptimizerConfig:
     range_learning_rate: float | None = None
     rate_factors: tuple[tuple[str, float], ...] = ()
     warmup: float = 0.1
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = 0
+    schedule: Schedule = "linear"
     weight_decay: float = 0.01
     b1: float = 0.9
     b2: float = 0.999
@@ -44,20 +50,25 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self):
-        if self.schedule not in ("linear", "cosine", "constant"):
-            raise UserError(f"unknown schedule {self.schedule!r}; choose from 'linear', 'cosine', 'constant'")
+        if self.schedule not in get_args(Schedule):
+            raise UserError(f"unknown schedule {self.schedule!r}{near_misses(self.schedule, get_args(Schedule))}")
         if self.learning_rate <= 0:
             raise UserError(f"learning_rate must be positive, not {self.learning_rate}")
         for pair in self.rate_factors:
             if len(pair) != 2 or not isinstance(pair[0], str) or pair[1] <= 0:
                 raise UserError(f"rate_factors: {pair!r} is not a pair of a pattern and a positive factor")
         if not 0 <= self.warmup < 1:
-            raise UserError(f"warmup {self.warmup} is a share of the steps: it must lie in [0, 1)")
+            raise UserError(f"warmup {self.warmup} is a share of the steps: it must lie in [0, 1); see warmup_steps")
+        if self.warmup_steps < 0:
+            raise UserError(f"warmup_steps {self.warmup_steps} is negative; 0 means by `warmup`")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Returns the schedule over a phase of `steps` steps, with peak 1."""
-    warm = round(config.warmup * steps)
+    """Returns the schedule over a phase of `steps` steps, with peak 1; it is a function of the steps taken before."""
+    warm = config.warmup_steps or round(config.warmup * steps)
+    if config.schedule == "inverse_sqrt":
+        warm = max(warm, 1)
+        return lambda taken: jnp.minimum((taken + 1) / warm, jnp.sqrt(warm / (taken + 1)))
     rest = max(steps - warm, 1)
     after = {
         "linear": optax.linear_schedule(1.0, 0.0, rest),

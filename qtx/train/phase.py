@@ -31,12 +31,11 @@ Objective = Callable[[Forward, Batch, Any], tuple[jax.Array, jax.Array]]
 Schedule = Literal["none", "epoch", "step"]
 
 _ROUNDING = 1  # what makes the key of rounding another than that of dropout
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def inputs(batch: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Returns the model's positional arguments from a batch."""
-    return tuple(batch[name] for name in INPUTS)
+def inputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns a model's positional arguments from a batch: the arrays that its class names in `inputs`."""
+    return tuple(batch[name] for name in model.inputs)  # type: ignore[attr-defined]
 
 
 def task_loss(forward: Forward, batch: Batch, constants: Any = None) -> tuple[jax.Array, jax.Array]:
@@ -181,7 +180,7 @@ def make_state(
     phase: Phase, variables: Mapping[str, Any], optimizer: optax.GradientTransformation, step: int, example: Batch
 ) -> TrainState:
     """Splits the variables of a phase into what is trained and what is not."""
-    sites = list_sites(phase.model, variables, *inputs(example))
+    sites = list_sites(phase.model, variables, *inputs(phase.model, example))
     flat = {
         f"{collection}/{name}": value
         for collection in ("params", "ranges")
@@ -223,7 +222,9 @@ def make_step(
         def forward(batch: Batch, capture: bool = False, **collections: Any):
             mutable = ["captures"] * capture + ["ranges", "observers"] * phase.update_ranges
             given = variables | collections | ({"observers": state.observers} if phase.update_ranges else {})
-            outputs, changed = phase.model.apply(given, *inputs(batch), deterministic=False, rngs=rngs, mutable=mutable)
+            outputs, changed = phase.model.apply(
+                given, *inputs(phase.model, batch), deterministic=False, rngs=rngs, mutable=mutable
+            )
             updated.update({name: changed[name] for name in ("ranges", "observers") if name in changed})
             return outputs, changed.get("captures", {})
 

@@ -1,4 +1,4 @@
 """Handlers of the conformance runner, one module per published project.
 
-Each module has `HANDLERS`: kind of case -> function of a `Case`, and `PENDING`: kind -> number of the issue it waits for.
+Each module has `HANDLERS`: kind of case -> function of a `Case`.
 """

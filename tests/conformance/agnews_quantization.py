@@ -13,13 +13,14 @@ from flax import traverse_util
 
 from qtx import models
 from qtx.analysis.memory import activation_elements, parameter_counts
-from qtx.methods.agnews_study import input_policy, pattern_policy, without_quantized_biases
+from qtx.methods.agnews_study import input_policy, without_quantized_biases
+from qtx.methods.patterns import pattern_policy
 from qtx.models.checkpoints import abstract_params, from_hf_tensors, parameter_name
 from qtx.models.text_classifier import started_modules
 from qtx.nn import list_sites
 from qtx.nn.bert import BertConfig
-from qtx.nn.layers import DeviationNorm
-from qtx.nn.text_classifier import TextClassifier, TextClassifierConfig, sinusoids
+from qtx.nn.layers import DeviationNorm, sinusoids
+from qtx.nn.text_classifier import TextClassifier, TextClassifierConfig
 from qtx.quant import MinMax, Spec
 from qtx.train.logging import running_means
 from qtx.train.loop import Phase, make_state, make_step
@@ -361,4 +362,3 @@ HANDLERS = agnews_quantizers.HANDLERS | {
         adam_steps,
     )
 }
-PENDING: dict[str, int] = {}

@@ -1,4 +1,7 @@
-"""Quantizers of the AG_NEWS study: weights, signs, soft signs, running activation ranges."""
+"""Quantizers of the AG_NEWS study: weights, signs, soft signs, running activation ranges.
+
+Weights and signs are those of "Compressed Transformers", too.
+"""
 
 from __future__ import annotations
 
@@ -94,6 +97,8 @@ def quantized_linear(case):
     close(case, d_weight, want["grad_weight"])
     close(case, d_bias, want["grad_bias"])
     close(case, dense(case, spec, given, draws(given["mask_eval"]), bias=False)[0], want["eval_call"])
+    if "eval_call_with_bias" in want:
+        close(case, dense(case, spec, given, draws(given["mask_eval"]))[0], want["eval_call_with_bias"])
 
 
 def binarized_linear(case):

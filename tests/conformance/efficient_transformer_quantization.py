@@ -434,5 +434,3 @@ HANDLERS = {
         adaround_run,
     )
 } | bert_cases.HANDLERS
-
-PENDING: dict[str, int] = {}

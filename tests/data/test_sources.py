@@ -5,13 +5,15 @@ import importlib.util
 import os
 import sys
 import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from qtx.data import sources
-from qtx.data.sources import DATA_DIR_VARIABLE, Dataset, Examples, load, load_folder, load_table
+from qtx.data.reading import DATA_DIR_VARIABLE
+from qtx.data.sources import Dataset, Examples, load, load_folder, load_table
 from qtx.data.tasks import TASKS, get_task
 from qtx.errors import UserError
 
@@ -382,7 +384,7 @@ def test_no_files_and_no_network_says_what_was_looked_for_and_how_to_get_it(tmp_
     def unreachable(*args, **kwargs):
         raise urllib.error.URLError("no route")
 
-    monkeypatch.setattr(sources.urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     with pytest.raises(UserError) as caught:
         load(task, tmp_path)
     message = str(caught.value)
@@ -444,7 +446,7 @@ def test_what_tensorflow_prepared_is_read_without_a_network(monkeypatch):
     monkeypatch.setattr(tfds, "data_source", no_array_records)
     monkeypatch.setattr(tfds, "load", prepared)
     monkeypatch.setattr(tfds, "as_numpy", lambda splits: splits)
-    monkeypatch.setattr(sources.urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("went to the network"))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **kwargs: pytest.fail("went to the network"))
     assert load("rte").splits["train"].texts == (["a"] * 2, ["b"] * 2)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qtx.data.tasks import METRICS, TASKS, Task, get_task
+from qtx.data.tasks import METRICS, TASKS, Task, TranslationTask, get_task, get_translation_task, languages_of
 from qtx.errors import UserError
 
 
@@ -38,3 +38,15 @@ def test_unknown_task_names_the_nearest():
 
 def test_tasks_hash_so_that_they_can_be_static_arguments():
     assert hash(Task("a", ("text",), ("x", "y"))) == hash(Task("a", ("text",), ("x", "y")))
+
+
+def test_translation_tasks_have_two_languages():
+    task = get_translation_task("multi30k", "de-en")
+    assert (task.source, task.target, task.direction) == ("de", "en", "de-en")
+    assert hash(task) == hash(TranslationTask("multi30k", "de", "en"))
+    assert languages_of("pt_br-en") == ("pt_br", "en")
+    with pytest.raises(UserError, match=r"unknown corpus 'multi30'; did you mean 'multi30k'\?"):
+        get_translation_task("multi30")
+    for direction in ("en", "en-en", "en-de-fr", "E2G", "en-", ""):
+        with pytest.raises(UserError, match="is not a direction; name two languages"):
+            get_translation_task("multi30k", direction)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from qtx.errors import UserError
+from qtx.experiments.classification import load_dataset
 from qtx.experiments.compare import compare, tfidf_predictions
 from qtx.experiments.config import base, policy_from
 from qtx.experiments.run import evaluate, quantize, train_and_evaluate
-from qtx.experiments.setup import load_dataset
 from qtx.models import load
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from qtx.data import Encoded, get_task
+from qtx.experiments.classification import Classification
 from qtx.experiments.compare import tfidf_predictions
+from qtx.experiments.experiment import VALIDATION, family_and_sizes
 from qtx.experiments.run import evaluate, make_recipe, quantize, train
-from qtx.experiments.setup import VALIDATION, Experiment, family_and_sizes, setup
+from qtx.experiments.setup import setup
 from qtx.train.logging import read_metrics
 from tests.conftest import WORDS
 
@@ -19,7 +21,7 @@ SUBJECTS = ("city house", "actor film", "good time", "quite bad")
 
 
 @pytest.fixture
-def news(tiny_config, tmp_path) -> Experiment:
+def news(tiny_config, tmp_path) -> Classification:
     """AG_NEWS made of the tiny model's words: 128 training, 8 validation and 12 test rows."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 136), ("test", 12)):

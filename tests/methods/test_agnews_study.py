@@ -11,7 +11,8 @@ from qtx import quant
 from qtx.experiments.config import changed
 from qtx.experiments.run import train_and_evaluate
 from qtx.experiments.setup import setup
-from qtx.methods.agnews_study import PATTERNS, input_policy, pattern_policy, without_quantized_biases
+from qtx.methods.agnews_study import PATTERNS, input_policy, without_quantized_biases
+from qtx.methods.patterns import pattern_policy
 from qtx.nn import BertClassifier, check_policy, list_sites
 from qtx.quant.spec import Spec
 from qtx.train.loop import Phase

@@ -53,6 +53,6 @@ def make_checkpoint(directory, family, words, num_layers=2, **sizes):
     config = kind(
         len(tokenizer), 16, num_layers, 2, 32, initializer_range=0.2, pad_token_id=tokenizer.pad_token_id, **sizes
     )
-    params = family.module(config=config).init(jax.random.key(0), *models.example_inputs())["params"]
+    params = family.module(config=config).init(jax.random.key(0), *family.example_inputs())["params"]
     models.save(directory, family, config, params, tokenizer)
     return directory

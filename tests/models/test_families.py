@@ -20,7 +20,7 @@ from qtx.nn import check_policy, list_sites
 from qtx.nn.aliases import ALIASES
 from qtx.nn.describe import describe
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
-from qtx.train.phase import INPUTS, Phase, make_state, make_step
+from qtx.train.phase import Phase, make_state, make_step
 from tests.models.hf import write_checkpoint
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "families"
@@ -59,7 +59,9 @@ def load(tmp_path_factory):
 
 
 def sites_of(found):
-    return list_sites(found.family.module(config=found.config), {"params": found.params}, *models.example_inputs())
+    return list_sites(
+        found.family.module(config=found.config), {"params": found.params}, *found.family.example_inputs()
+    )
 
 
 @every_family
@@ -251,7 +253,11 @@ def test_calibrated_trained_a_step_packed_and_loaded(load, name, tmp_path):
     few = policy(weights={"MHA": W, "Et": W}, activations={"e": A, "y": rules.spec("activation", Y), "P": A, "C": A})
     phase = Phase("qat", model.clone(policy=training_policy(few, "learned")), OptimizerConfig(1e-3), steps=2)
     optimizer = make_optimizer(phase.optimizer, 2)
-    batch = dict(zip(INPUTS, args, strict=True), labels=np.array([0, 1, 2, 0]), weights=np.ones(4, np.float32))
+    batch = dict(
+        zip(found.family.module.inputs, args, strict=True),
+        labels=np.array([0, 1, 2, 0]),
+        weights=np.ones(4, np.float32),
+    )
     before = make_state(phase, {"params": found.params, "ranges": ranges}, optimizer, 1, batch)
     after, measured = jax.jit(make_step(phase, optimizer, 0))(before, batch, None)
     assert np.isfinite(measured["loss"])
@@ -278,7 +284,7 @@ def test_calibrated_trained_a_step_packed_and_loaded(load, name, tmp_path):
 def test_described(load, name):
     found = load(name)
     model = found.family.module(config=found.config, policy=policy(W, A))
-    text = describe(model, {"params": found.params}, *models.example_inputs())
+    text = describe(model, {"params": found.params}, *found.family.example_inputs())
     layers = found.config.num_layers
     activations, weights = (len(names(found, kind)) for kind in ("activation", "weight"))
     assert f"{activations} of {activations} activations, {weights} of {weights} weights" in text.summary

@@ -21,7 +21,7 @@ from qtx.models.checkpoints import abstract_params
 from qtx.nn import check_policy, list_sites, policy
 from qtx.nn.describe import describe
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
-from qtx.train.phase import INPUTS, inputs, make_state, make_step
+from qtx.train.phase import inputs, make_state, make_step
 from tests.models.hf import write_checkpoint
 from tests.nn import tiny
 
@@ -64,7 +64,7 @@ def sites(family, config):
     """Sites by name, nothing computed."""
     family = models.get_family(family)
     params = abstract_params(family, config)
-    return list_sites(family.module(config=config), {"params": params}, *models.example_inputs())
+    return list_sites(family.module(config=config), {"params": params}, *family.example_inputs())
 
 
 def count(found, kind):
@@ -87,7 +87,7 @@ def check_forward(name):
     found, want = load(name), reference(name)
     assert found.fresh == ()
     with jax.default_matmul_precision("highest"):
-        out = jax.jit(module(found).apply)({"params": found.params}, *inputs(want))
+        out = jax.jit(module(found).apply)({"params": found.params}, *inputs(module(found), want))
     real = want["attention_mask"] > 0
     assert not real.all() and want["token_type_ids"].any()
     np.testing.assert_allclose(out.hidden_states[-1][real], want["last_hidden_state"][real], atol=1e-5, rtol=0)
@@ -146,12 +146,12 @@ def check_quantization(family, config, directory):
 def check_training_step(family, config):
     """One step with learned ranges moves every parameter and every scale that has a gradient."""
     model, params, ranges = calibrated(family, config)
-    batch = dict(zip(INPUTS, tiny.inputs(), strict=True)) | {
+    batch = dict(zip(model.inputs, tiny.inputs(), strict=True)) | {
         "labels": np.array([0, 1, 2]),
         "weights": np.ones(3, np.float32),
     }
     settings = OptimizerConfig(learning_rate=1e-2)
-    phase = qat_phase("qat", model.clone(policy=None), model.policy, [inputs(batch)], settings)
+    phase = qat_phase("qat", model.clone(policy=None), model.policy, [inputs(model, batch)], settings)
     optimizer = make_optimizer(settings, 1)
     before = make_state(phase, {"params": params, "ranges": ranges}, optimizer, 0, batch)
     after, measured = jax.jit(make_step(phase, optimizer, seed=0))(before, batch, None)

@@ -12,8 +12,8 @@ from flax import traverse_util
 from qtx import quant
 from qtx.errors import UserError
 from qtx.nn import check_policy, policy
-from qtx.nn.layers import Dense, DeviationNorm, LayerNorm
-from qtx.nn.text_classifier import TextClassifier, TextClassifierConfig, sinusoids
+from qtx.nn.layers import Dense, DeviationNorm, LayerNorm, sinusoids
+from qtx.nn.text_classifier import TextClassifier, TextClassifierConfig
 from tests.nn import published, tiny
 
 FAMILY = "qtx_text_classifier"

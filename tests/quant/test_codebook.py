@@ -86,6 +86,15 @@ def test_sixteen_bit_input_keeps_its_dtype(scheme):
 # --- Sign and magnitude ---
 
 
+def test_the_euclidean_norm_in_place_of_the_largest():
+    w = jnp.array([[3.0, -4.0], [0.0, 0.0], [5.0, 12.0]])
+    codes, step, _ = quant.quantize(quant.magnitude(4, quant.per_channel(0), scale="norm"), w)
+    np.testing.assert_allclose(np.ravel(step), np.array([5.0, 0.0, 13.0]) / 15)
+    np.testing.assert_array_equal(codes, [[9, -12], [0, 0], [6, 14]])
+    whole = quant.quantize(quant.magnitude(4, scale="norm"), w)[1]
+    assert float(whole) == pytest.approx(194**0.5 / 15)
+
+
 @pytest.mark.parametrize("kind", AXES)
 @settings(max_examples=20, deadline=None)
 @given(x=TENSORS, bits=st.sampled_from([1, 4, 8]))
@@ -173,6 +182,8 @@ def test_what_does_not_go_together():
     for fields, words in [
         (dict(scheme="ternary", bits=4), "bits=2"),
         (dict(scheme="magnitude", bits=16), "1 to 15"),
+        (dict(scheme="binary", bits=1, scale="norm"), "magnitude grids, not 'binary'"),
+        (dict(scheme="magnitude", bits=4, scale="one"), "ternary and binary"),
         (dict(scheme="symmetric", bits=8, gradient="clipped", range="static"), "ternary and binary"),
         (dict(scheme="binary", bits=1, rounding="stochastic"), "not rounded"),
         (dict(scheme="symmetric", bits=8, rounding="floor", range="static"), "'shifted'"),

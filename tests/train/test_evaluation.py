@@ -318,7 +318,9 @@ def test_dropout_and_rounding_draw_from_streams_of_their_own():
     jax.block_until_ready(jax.jit(make_step(tiny, optimizer, seed=3))(state, batches[0], None))
     jax.effects_barrier()
     key = jax.random.fold_in(jax.random.key(3, impl="rbg"), 5)
-    alone = jax.jit(lambda key: tiny.model.apply(variables, *inputs(batches[0]), rngs={"dropout": key}).logits)(key)
+    alone = jax.jit(
+        lambda key: tiny.model.apply(variables, *inputs(tiny.model, batches[0]), rngs={"dropout": key}).logits
+    )(key)
     np.testing.assert_array_equal(drawn["dropout"], alone[:, 2])
     assert not np.intersect1d(drawn["dropout"], drawn["rounding"]).size and len(set(drawn["rounding"])) == BATCH
 

@@ -126,7 +126,7 @@ def test_ranges_in_training(tiny_config, rule, moves):
     if rule == "updated":
         sites = traverse_util.unflatten_dict({k: v for k, v in before.items()}, sep="/")
         apply = jax.jit(functools.partial(phase.model.apply, mutable=["ranges", "observers"]))
-        batch = inputs(experiment.batches("train", 8, True, None)[0])
+        batch = inputs(phase.model, experiment.batches("train", 8, True, None)[0])
         _, changed = apply({"params": experiment.pretrained.params, "ranges": sites}, *batch)
         assert np.any(changed["ranges"]["classifier"]["output"]["scale"] != before["classifier/output/scale"])
         return

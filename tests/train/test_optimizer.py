@@ -13,6 +13,11 @@ def test_schedule():
     assert learning_rate(OptimizerConfig(warmup=0.0, schedule="constant"), 7)(6) == 1
     with pytest.raises(UserError, match="'linear'"):
         OptimizerConfig(schedule="linar")
+    assert learning_rate(OptimizerConfig(warmup_steps=4), 100)(2) == 0.5
+    root = learning_rate(OptimizerConfig(warmup_steps=4, schedule="inverse_sqrt"), 100)
+    np.testing.assert_allclose([root(0), root(1), root(3), root(15)], [0.25, 0.5, 1, 0.5], rtol=1e-6)
+    with pytest.raises(UserError, match="warmup_steps -1"):
+        OptimizerConfig(warmup_steps=-1)
 
 
 def test_ranges_have_a_learning_rate_of_their_own_and_no_decay():

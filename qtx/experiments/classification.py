@@ -1,0 +1,145 @@
+"""Experiments on texts with labels: classification and regression."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from qtx import data, models
+from qtx.data.batching import Batches, bucket_lengths
+from qtx.errors import UserError
+from qtx.experiments.experiment import (
+    LABELLED,
+    VALIDATION,
+    Experiment,
+    check_model,
+    family_and_sizes,
+    from_nothing,
+    load_model,
+)
+from qtx.methods.agnews_study import without_quantized_biases
+from qtx.nn.bert import BertConfig
+from qtx.train import metrics
+from qtx.train.loop import predict
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classification(Experiment):
+    """An experiment on a task of `qtx.data.tasks`; see `Experiment` for the other attributes.
+
+    Attributes:
+      dataset: texts and labels by split.
+    """
+
+    dataset: data.Dataset
+
+    @classmethod
+    def make(cls, config: ConfigDict) -> Classification:
+        """Loads and checks everything that a run needs, cheapest first.
+
+        Raises:
+          UserError: on anything in the configuration, the data or the checkpoint that does not fit.
+        """
+        mesh = check_model(config.model, config.model_parallel)
+        _, sizes = family_and_sizes(config.model)
+        if not isinstance(sizes, BertConfig):
+            raise UserError(
+                f"model {config.model.name!r} translates; task {config.task!r} needs a model that classifies"
+            )
+        directory = models.locate(config.model.tokenizer if from_nothing(config.model) else config.model.name)
+        if config.data.max_length > sizes.max_positions:
+            raise UserError(
+                f"data.max_length {config.data.max_length} exceeds the model's {sizes.max_positions} positions"
+            )
+        dataset = load_dataset(config)
+        tokenizer = data.load_tokenizer(directory)
+        data.check_tokenizer(tokenizer, sizes.vocab_size)
+        model, ranges, pretrained = load_model(config, dataset.task.num_labels)
+        length = config.data.max_length
+        encoded = {name: data.encode(tokenizer, split, length) for name, split in dataset.splits.items()}
+        return cls(config, tokenizer, pretrained, model, ranges, encoded, mesh, dataset)
+
+    @property
+    def task(self) -> data.Task:
+        """What is to be predicted."""
+        return self.dataset.task
+
+    def batches(self, split: str, batch_size: int, shuffle: bool, epochs: int | None, seed: int = 0) -> Batches:
+        """Returns the batches of a split."""
+        encoded, c = self.encoded[split], self.config.data
+        buckets = bucket_lengths(encoded.lengths, c.max_length, c.buckets if shuffle else c.eval_buckets, c.padding)
+        return Batches(
+            encoded,
+            batch_size,
+            buckets,
+            seed=seed,
+            shuffle=shuffle,
+            pad_id=self.pretrained.config.pad_token_id,
+            epochs=epochs,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+        )
+
+    def first_batches(self, count: int, batch_size: int) -> Sequence[Mapping[str, np.ndarray]]:
+        encoded = self.encoded["train"]
+        longest = bucket_lengths(encoded.lengths, self.config.data.max_length, 1, self.config.data.padding)
+        found = Batches(encoded, batch_size, longest, seed=self.config.seed, pad_id=self.pretrained.config.pad_token_id)
+        return [b for b in (found[i] for i in range(found.batches_per_epoch)) if b["weights"].all()][:count]
+
+    def evaluate(
+        self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str] = LABELLED, quick: bool = False
+    ) -> dict[str, float]:
+        """Returns the task's metrics, with `score`, their mean on the validation splits.
+
+        Validation metrics have plain names, those of MNLI's second validation split are under `mismatched_...`, and the
+        score is the mean of both. Test metrics are under `test_...` and not in the score.
+        """
+        del quick
+        return self.metrics(self.logits(model, variables, splits))
+
+    def logits(
+        self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str] = LABELLED
+    ) -> dict[str, np.ndarray]:
+        """Returns the logits `[N, C]` of splits; see `evaluate`."""
+        found: dict[str, np.ndarray] = {}
+        policy, draws = model.policy, None  # type: ignore[attr-defined]
+        if self.config.quant.published_evaluation and policy is not None:
+            draws = self.config.seed
+            variables = {**variables, "params": without_quantized_biases(variables["params"], policy)}
+        elif self.config.quant.evaluation_rounding == "drawn":
+            model, variables = self.frozen(model, variables)
+        for split in splits:
+            if split in self.encoded:
+                batches = self.batches(split, self.config.data.eval_batch_size, shuffle=False, epochs=1)
+                found[split] = predict(model, variables, batches, self.mesh, draws)
+        return found
+
+    def metrics(self, logits: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Returns the metrics of what `logits` gave; see `evaluate`. Without a validation split there is no `score`."""
+        prefixes = {"validation": "", "validation_mismatched": "mismatched_"}
+        found: dict[str, float] = {}
+        scores = []
+        for split, its_logits in logits.items():
+            prefix = prefixes.get(split, f"{split}_")
+            predictions = metrics.predictions_from_logits(its_logits, self.task.is_regression)
+            values = metrics.compute(self.task.metrics, predictions, self.encoded[split].labels)
+            found |= {prefix + name: value for name, value in values.items()}
+            if split in VALIDATION:
+                scores.append(metrics.score(values))
+        return found | ({"score": float(np.mean(scores))} if scores else {})
+
+
+def load_dataset(config: ConfigDict) -> data.Dataset:
+    """Loads the data set that a configuration names."""
+    c = config.data
+    if config.task == "table":
+        return data.load_table(c.train, c.validation, tuple(c.text_columns), c.label_column)
+    if config.task == "folder":
+        return data.load_folder(c.train, seed=c.seed)
+    return data.load(config.task, c.dir, c.seed, c.limit_train or None, c.limit_eval or None)

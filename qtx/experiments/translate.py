@@ -1,0 +1,140 @@
+"""Translating text with a trained model: lines in, as many lines out, in their order."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+from jax.sharding import Mesh
+
+from qtx import models
+from qtx.data.pair_tokenizer import UNK, PairTokenizer, load
+from qtx.data.reading import read_text
+from qtx.errors import UserError
+from qtx.export.packed import WEIGHTS_FILE, load_quantized
+from qtx.files import write_text
+from qtx.methods.translation import Decoding, translate_all
+from qtx.nn.encoder_decoder import EncoderDecoderConfig
+from qtx.train.logging import progress
+from qtx.train.sharding import make_mesh
+
+_NAMED = 5  # lines that a warning names at most
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Translator:
+    """A trained translation model with its tokenizer.
+
+        translator = Translator.load("runs/en_de/quantized")
+        translator(["Two dogs play in the snow."])
+
+    Attributes:
+      model: the module.
+      variables: its parameters, and ranges if it is quantized.
+      tokenizer: of both languages.
+      mesh: where to compute.
+    """
+
+    model: nn.Module
+    variables: dict[str, Any]
+    tokenizer: PairTokenizer
+    mesh: Mesh
+
+    @classmethod
+    def load(cls, name: str, direction: str | None = None) -> Translator:
+        """Loads a checkpoint (`model/` of a run) or a packed artifact (`quantized/`).
+
+        Args:
+          name: see `qtx.models.locate`.
+          direction: the one that is wanted, such as `en-de`; None: whatever the model's is.
+
+        Raises:
+          UserError: on a model that does not translate, or another direction, or a vocabulary that does not fit.
+        """
+        directory = models.locate(name)
+        packed = (directory / WEIGHTS_FILE).is_file()
+        if not packed and not isinstance(models.read_config(directory)[1], EncoderDecoderConfig):
+            raise UserError(f"{name} does not translate; give the directory of a translation model")
+        tokenizer = load(directory, direction)
+        if packed:
+            artifact = load_quantized(directory)
+            model, variables, config = artifact.model, artifact.variables, artifact.config
+        else:
+            checkpoint = models.load(str(directory))
+            config, variables = checkpoint.config, {"params": checkpoint.params}
+            model = checkpoint.family.module(config=config)
+        if not isinstance(config, EncoderDecoderConfig):
+            raise UserError(f"{name} does not translate; give the directory of a translation model")
+        tokenizer.check_sizes(config.source_vocab_size, config.target_vocab_size)
+        return cls(model, variables, tokenizer, make_mesh())
+
+    def __call__(
+        self,
+        sentences: Sequence[str],
+        decoding: Decoding = Decoding(),
+        max_length: int = 100,
+        warn: Callable[[str], None] | None = None,
+    ) -> list[str]:
+        """Translates sentences; one without words is translated by an empty one.
+
+        Args:
+          sentences: any number, in any order of lengths.
+          decoding: how.
+          max_length: source tokens; what a sentence has beyond them is left out.
+          warn: told of sentences that were cut, and of unknown words.
+
+        Returns:
+          As many translations, in the order of the sentences.
+        """
+        if max_length < 1:
+            raise UserError(f"max_length must be at least 1, got {max_length}")
+        rows = self.tokenizer.encode_source(sentences)
+        long = [str(number) for number, length in enumerate(rows.lengths, 1) if length > max_length]
+        if long and warn is not None:
+            which = ", ".join(long[:_NAMED]) + (", ..." if len(long) > _NAMED else "")
+            warn(f"{len(long)} sentences have more than {max_length} tokens and were cut there (lines {which})")
+        unknown = int((rows.ids == UNK).sum())
+        if unknown and warn is not None:
+            warn(f"{unknown} of {len(rows.ids)} source words are not in the vocabulary")
+        rows = rows.cut(max_length)
+        with progress(len(rows), f"translate {self.tokenizer.task.direction}", examples_per_step=1) as bar:
+            ids = translate_all(self.model, self.variables, rows, decoding, self.mesh, told=bar.update)
+        return self.tokenizer.decode_target(ids)
+
+
+def translate_file(
+    model: str, source: str, target: str, direction: str | None, decoding: Decoding, max_length: int
+) -> None:
+    """Translates a file line by line.
+
+    Args:
+      model: see `Translator.load`.
+      source: path of a UTF-8 file, plain or compressed; `-`: standard input.
+      target: path, which gets its file when all of it is translated; `-`: standard output.
+      direction: see `Translator.load`.
+      decoding: how.
+      max_length: see `Translator`.
+    """
+    translator = Translator.load(model, direction)
+    text = _standard_input() if source == "-" else read_text(Path(source))
+    lines = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
+
+    def warn(message: str) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    translated = "".join(f"{line}\n" for line in translator(lines, decoding, max_length, warn))
+    if target == "-":
+        sys.stdout.write(translated)
+    else:
+        write_text(Path(target), translated)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 ({error}); convert it") from None

@@ -1,0 +1,183 @@
+"""Experiments on sentence pairs: translation by an encoder-decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from qtx import models
+from qtx.data import pair_tokenizer
+from qtx.data.pair_batching import PairBatches, bucket_shapes
+from qtx.data.pair_tokenizer import encode_pairs
+from qtx.data.parallel import ParallelDataset, load_pairs, load_parallel
+from qtx.data.tasks import CORPORA, TranslationTask, get_translation_task, languages_of
+from qtx.errors import UserError
+from qtx.experiments.experiment import LABELLED, Experiment, check_model, family_and_sizes, from_nothing, load_model
+from qtx.methods.agnews_study import without_quantized_biases
+from qtx.methods.translation import Decoding, TranslationLoss, smoothed_kl, translate_all
+from qtx.nn.encoder_decoder import EncoderDecoderConfig
+from qtx.train.phase import Objective, inputs
+from qtx.train.sharding import shard_batch
+from qtx.train.translation_metrics import nltk_bleu, sacrebleu_scores
+
+TASKS = (*CORPORA, "parallel")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Translation(Experiment):
+    """An experiment on sentence pairs; see `Experiment` for the other attributes.
+
+    Attributes:
+      dataset: sentences and their translations by split.
+    """
+
+    dataset: ParallelDataset
+
+    @classmethod
+    def make(cls, config: ConfigDict) -> Translation:
+        """Loads and checks everything that a run needs, cheapest first.
+
+        Raises:
+          UserError: on anything in the configuration, the data or the checkpoint that does not fit.
+        """
+        mesh = check_model(config.model, config.model_parallel)
+        _, sizes = family_and_sizes(config.model)
+        if not isinstance(sizes, EncoderDecoderConfig):
+            raise UserError(
+                f"task {config.task!r} is translation, but model {config.model.name!r} is no encoder-decoder; "
+                "see configs/translation.py"
+            )
+        for name in ("source_vocab_size", "target_vocab_size"):
+            if name in config.model.sizes:
+                raise UserError(f"model.sizes: {name} is the tokenizer's; leave it out, see translation.vocabulary")
+        c = config.translation
+        decoding_of(config), TranslationLoss(c.label_smoothing, c.divisor)
+        for name, length in (("data.max_length", config.data.max_length), ("translation.limit", c.limit)):
+            if length > sizes.max_positions:
+                raise UserError(f"{name} {length} exceeds the model's {sizes.max_positions} positions")
+        dataset = load_dataset(config)
+        train = dataset.splits["train"]
+        if from_nothing(config.model):
+            tokenizer = pair_tokenizer.fit(
+                c.tokenizer, train, dataset.task, c.vocabulary, c.joint, config.data.max_length
+            )
+        else:
+            directory = models.locate(config.model.name)
+            tokenizer = pair_tokenizer.load(directory, dataset.task.direction)
+            tokenizer.check_sizes(sizes.source_vocab_size, sizes.target_vocab_size)
+        model, ranges, pretrained = load_model(
+            config,
+            None,
+            source_vocab_size=tokenizer.source_vocab_size,
+            target_vocab_size=tokenizer.target_vocab_size,
+        )
+        encoded = {
+            name: encode_pairs(tokenizer, split, config.data.max_length, train=name == "train")
+            for name, split in dataset.splits.items()
+        }
+        return cls(config, tokenizer, pretrained, model, ranges, encoded, mesh, dataset)
+
+    @property
+    def measured(self) -> str:
+        """The signatures of sacrebleu's scores."""
+        return "; ".join(f"{score.name}|{score.signature}" for score in sacrebleu_scores(["a"], ["a"]).values())
+
+    @property
+    def objective(self) -> Objective:
+        """Divergence from smoothed labels."""
+        c = self.config.translation
+        return TranslationLoss(c.label_smoothing, c.divisor, self.pretrained.config.pad_token_id)
+
+    def batches(self, split: str, batch_size: int, shuffle: bool, epochs: int | None, seed: int = 0) -> PairBatches:
+        encoded, c = self.encoded[split], self.config.data
+        return PairBatches(
+            encoded,
+            batch_size,
+            bucket_shapes(encoded, c.buckets if shuffle else c.eval_buckets),
+            seed=seed,
+            shuffle=shuffle,
+            epochs=epochs,
+            plan=c.plan if shuffle else "buckets",
+            rows_multiple=self.mesh.shape["data"],
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+        )
+
+    def first_batches(self, count: int, batch_size: int) -> Sequence[Mapping[str, np.ndarray]]:
+        encoded = self.encoded["train"]
+        shapes = bucket_shapes(encoded, 1)
+        found = PairBatches(encoded, batch_size * max(shapes[0]), shapes, seed=self.config.seed)
+        return [b for b in (found[i] for i in range(found.batches_per_epoch)) if b["weights"].all()][:count]
+
+    def evaluate(
+        self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str] = LABELLED, quick: bool = False
+    ) -> dict[str, float]:
+        """Returns BLEU and chrF (0 to 100) and the loss per token, with `score`, a hundredth of BLEU on validation.
+
+        The loss is that of labels that are not smoothed, its exponential the perplexity. `quick`: greedy search.
+        """
+        config, policy, drawn = self.config, model.policy, None  # type: ignore[attr-defined]
+        if config.quant.published_evaluation and policy is not None:
+            drawn = config.seed
+            variables = {**variables, "params": without_quantized_biases(variables["params"], policy)}
+        else:
+            model, variables = self.frozen(model, variables)
+        decoding = dataclasses.replace(decoding_of(config), **({"beam": 1} if quick else {}))
+        found: dict[str, float] = {}
+        for split in splits:
+            if split not in self.encoded:
+                continue
+            encoded, references = self.encoded[split], self.dataset.splits[split].target
+            ids = translate_all(model, variables, encoded.source, decoding, self.mesh, drawn)
+            prefix = "" if split == "validation" else f"{split}_"
+            texts = self.tokenizer.decode_target(ids)
+            values = {name: score.value for name, score in sacrebleu_scores(texts, references).items()}
+            if config.translation.published_bleu:
+                pad = self.pretrained.config.pad_token_id
+                tokens = [[token for token in row if token != pad] for row in ids.tolist()]
+                values["published_bleu"] = 100 * nltk_bleu(tokens, [row.tolist() for row in encoded.target])
+            values["loss"] = self.loss(model, variables, split)
+            found |= {prefix + name: value for name, value in values.items()}
+        return found | ({"score": found["bleu"] / 100} if "bleu" in found else {})
+
+    def loss(self, model: nn.Module, variables: Mapping[str, Any], split: str) -> float:
+        """Returns the mean cross-entropy of the target tokens of a split, in nats."""
+        longest = max(max(shape) for shape in bucket_shapes(self.encoded[split], 1))
+        size = self.mesh.shape["data"] * jax.process_count() * max(1, self.config.data.eval_batch_size // 2)
+        batches = self.batches(split, size * longest, shuffle=False, epochs=1)
+        with jax.set_mesh(self.mesh):
+            sums = [_loss(model, variables, shard_batch(batch, self.mesh)) for batch in batches]
+        total, words = np.sum(jax.device_get(sums), 0)
+        return float(total / max(words, 1))
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss(model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
+    outputs: Any = model.apply(variables, *inputs(model, batch))
+    pad = model.config.pad_token_id  # type: ignore[attr-defined]
+    losses = smoothed_kl(outputs.logits, batch["labels"], 0.0, pad)
+    return jnp.stack([jnp.sum(losses), jnp.sum(batch["labels"] != pad)])
+
+
+def decoding_of(config: ConfigDict) -> Decoding:
+    """Reads how sentences are translated; raises a `UserError` on a value out of range."""
+    c = config.translation
+    return Decoding(c.beam, c.length_penalty, c.limit, config.data.eval_batch_size, config.data.eval_buckets)
+
+
+def load_dataset(config: ConfigDict) -> ParallelDataset:
+    """Loads the sentence pairs that a configuration names."""
+    c = config.data
+    limits = c.limit_train or None, c.limit_eval or None
+    if config.task != "parallel":
+        return load_pairs(get_translation_task(config.task, c.direction), c.dir, c.seed, *limits)
+    files = {split: tuple(paths) for split, paths in c.pairs.items() if any(paths)}
+    return load_parallel(TranslationTask("parallel", *languages_of(c.direction)), files, c.seed, *limits)

@@ -1,0 +1,172 @@
+"""Training and using a translator: the loss with smoothed labels, and translating any number of sentences.
+
+Smoothed labels are those of Szegedy et al. 2016 (section 7) as Vaswani et al. 2017 use them: of every target word a share of
+the probability goes to all other words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from qtx.data.batching import bucket_lengths, in_order, plan_epoch
+from qtx.data.pair_tokenizer import Rows
+from qtx.errors import UserError
+from qtx.nn.decoding import translate
+from qtx.train.phase import Batch, Forward
+from qtx.train.sharding import replicate, shard_batch, shard_tree
+
+Divisor = Literal["tokens", "rows"]
+
+
+def smoothed_kl(logits: jax.Array, labels: jax.Array, smoothing: float, pad: int) -> jax.Array:
+    """Kullback-Leibler divergence of the predicted words from the smoothed labels, word by word.
+
+        sum_v q(v) (log q(v) - log p(v)),   q(label) = 1 - smoothing,   q(pad) = 0,   q(v) = smoothing / (V - 2) else
+
+    Args:
+      logits: `[..., V]`, not normalised.
+      labels: int `[...]`; `pad` where there is no word.
+      smoothing: in [0, 1).
+      pad: the id of padding.
+
+    Returns:
+      `[...]` float32, 0 where there is no word.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    share = smoothing / (logits.shape[-1] - 2)
+    entropy = sum(q * math.log(q) for q in (1 - smoothing, smoothing) if q) - smoothing * math.log(logits.shape[-1] - 2)
+    # All words by one sum: q, which is as large as the logits, is never made.
+    label = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    others = jnp.sum(logits, -1) - logits[..., pad] - label
+    cross = jax.nn.logsumexp(logits, -1) - (1 - smoothing) * label - share * others
+    return jnp.where(labels == pad, 0.0, entropy + cross)
+
+
+@dataclasses.dataclass(frozen=True)
+class TranslationLoss:
+    """The objective of a phase that trains a translator (`qtx.train.phase.Phase.objective`).
+
+    Attributes:
+      smoothing: of the labels, in [0, 1).
+      divisor: what the sum over a batch is divided by. `'tokens'`: target words. `'rows'`: sentences times the longest
+        target in the batch, as published, so that the step depends on the padding.
+      pad: the id of padding.
+
+    Raises:
+      UserError: on a value out of range.
+    """
+
+    smoothing: float = 0.1
+    divisor: Divisor = "tokens"
+    pad: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.smoothing < 1:
+            raise UserError(f"label_smoothing {self.smoothing} is a probability: it must lie in [0, 1)")
+        if self.divisor not in get_args(Divisor):
+            choices = ", ".join(map(repr, get_args(Divisor)))
+            raise UserError(f"unknown divisor {self.divisor!r} of the loss; choose from {choices}")
+
+    def __call__(self, forward: Forward, batch: Batch, constants: Any = None) -> tuple[jax.Array, jax.Array]:
+        """Returns the sum of the losses and what it is to be divided by."""
+        del constants
+        labels = batch["labels"]
+        losses = smoothed_kl(forward(batch)[0].logits, labels, self.smoothing, self.pad)
+        words = jnp.sum(labels != self.pad, -1)
+        divisor = jnp.sum(words) if self.divisor == "tokens" else jnp.sum(batch["weights"]) * jnp.max(words)
+        return jnp.sum(losses), divisor.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How sentences are translated.
+
+    Attributes:
+      beam: hypotheses of each sentence; 1: greedy search.
+      length_penalty: exponent of the length factor, see `qtx.nn.decoding`.
+      limit: tokens of a translation.
+      batch_size: sentences that are decoded together.
+      buckets: source lengths that are compiled.
+
+    Raises:
+      UserError: on a value out of range.
+    """
+
+    beam: int = 5
+    length_penalty: float = 0.6
+    limit: int = 100
+    batch_size: int = 64
+    buckets: int = 4
+
+    def __post_init__(self):
+        for name in ("beam", "limit", "batch_size", "buckets"):
+            if getattr(self, name) < 1:
+                raise UserError(f"decoding: {name} must be at least 1, got {getattr(self, name)}")
+        if not self.length_penalty >= 0:
+            raise UserError(f"decoding: length_penalty must not be negative, got {self.length_penalty}")
+
+
+def translate_all(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    source: Rows,
+    decoding: Decoding,
+    mesh: Mesh,
+    rounding_seed: int | None = None,
+    told: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Translates sentences, those of like length together, and returns the results in the order of the sentences.
+
+    Args:
+      model: an encoder-decoder; with a policy for weights it quantizes them in every step, see
+        `qtx.methods.calibrate.with_frozen_weights`.
+      variables: what it is applied to.
+      source: N rows of source ids; a row may be empty.
+      decoding: how.
+      mesh: where to compute.
+      rounding_seed: of random rounding, drawn anew for every token; None: nothing is drawn.
+      told: called with the number of sentences that are done, after each batch.
+
+    Returns:
+      [N, limit + 1] int32: begin token, translation, end token, padding. Of an empty row the begin token alone.
+    """
+    if not len(source):
+        return np.zeros((0, decoding.limit + 1), np.int32)
+    pad = model.config.pad_token_id  # type: ignore[attr-defined]
+    longest = max(int(source.lengths.max()), 1)
+    lengths = bucket_lengths(source.lengths, -(-longest // 8) * 8, decoding.buckets)
+    plan, numbers = plan_epoch(np.searchsorted(lengths, source.lengths), decoding.batch_size, shuffle=False)
+    found, done = [], 0
+    with jax.set_mesh(mesh):
+        placed = {name: replicate(tree, mesh) for name, tree in variables.items() if name != "params"}
+        placed["params"] = shard_tree(variables["params"], mesh)
+        for count, (index, number) in enumerate(zip(plan, numbers, strict=True)):
+            ids = np.full((len(index), lengths[number]), pad, np.int32)
+            for row, example in zip(ids, index, strict=True):
+                if example >= 0:
+                    row[: source.lengths[example]] = source[example]
+            key = None if rounding_seed is None else jax.random.fold_in(jax.random.key(rounding_seed), count)
+            batch = shard_batch({"source_ids": ids}, mesh)["source_ids"]
+            tokens = translate(
+                model,
+                placed,
+                batch,
+                beam=decoding.beam,
+                limit=decoding.limit,
+                alpha=decoding.length_penalty,
+                key=key,
+            ).tokens
+            found.append(np.asarray(jax.device_get(tokens)))
+            done += int(np.sum(index >= 0))
+            if told is not None:
+                told(done)
+    return in_order(found, list(plan), len(source))

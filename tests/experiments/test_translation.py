@@ -1,0 +1,196 @@
+"""Translation end to end: train, quantize, evaluate and translate by the entries that every task has."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qtx.data.tasks import CORPORA
+from qtx.errors import UserError
+from qtx.experiments.config import base
+from qtx.experiments.run import evaluate, quantize, train_and_evaluate
+from qtx.experiments.setup import setup
+from qtx.experiments.translate import Translator, translate_file
+from qtx.experiments.translation import TASKS, Translation
+from qtx.methods.translation import Decoding, TranslationLoss
+from qtx.train.logging import read_metrics
+from tests.conftest import eight_devices
+
+ROOT = Path(__file__).parents[2]
+NUMBERS = dict(zip("one two three four five six".split(), "eins zwei drei vier fünf sechs".split(), strict=True))
+DECODING = Decoding(beam=2, limit=8, batch_size=8, buckets=1)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Numbers in English and German, word by word."""
+    directory = tmp_path_factory.mktemp("numbers")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 400), ("validation", 12), ("test", 8)):
+        lines = [" ".join(rng.choice(list(NUMBERS), rng.integers(2, 6))) for _ in range(count)]
+        (directory / f"{split}.en").write_text("\n".join(lines) + "\n")
+        german = [" ".join(NUMBERS[word] for word in line.split()) for line in lines]
+        (directory / f"{split}.de").write_text("\n".join(german) + "\n")
+    return directory
+
+
+def make_config(corpus):
+    """A tiny translator of numbers: full precision, then eight bits."""
+    config = base()
+    config.task = "parallel"
+    config.data.pairs = {split: tuple(str(corpus / f"{split}.{la}") for la in ("en", "de")) for split in SPLITS}
+    config.recipe = ("finetune", "qat")
+    config.model.name = "encoder_decoder"
+    config.model.sizes = dict(
+        hidden_size=32, num_heads=2, num_layers=1, decoder_layers=1, intermediate_size=32, max_positions=32
+    )
+    config.model.hidden_dropout = config.model.attention_dropout = 0.0
+    config.data.update(max_length=10, buckets=1, eval_buckets=1, eval_batch_size=8)
+    config.translation.update(tokenizer="words", beam=2, limit=8, published_bleu=True)
+    config.quant.update(pattern="all_linear", weight_granularity="channel", activation_bits=32)
+    config.phases.qat.ranges = "updated"
+    config.calibration.update(batches=1, batch_size=8)
+    for phase, steps in ((config.phases.finetune, 300), (config.phases.qat, 10)):
+        phase.update(batch_size=128, steps=steps)
+        phase.optimizer.update(learning_rate=3e-3, weight_decay=0.0)
+    return config
+
+
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """The configuration, the run directory and the metrics of a trained translator."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = make_config(corpus)
+    return config, workdir, train_and_evaluate(config, workdir)["metrics"]
+
+
+def test_it_learns_and_stays_right_with_eight_bits(trained):
+    _, workdir, metrics = trained
+    for phase in ("finetune", "qat"):
+        found = metrics[phase]
+        assert found["bleu"] > 60 and found["test_bleu"] > 60 and found["chrf"] > 60 and found["loss"] < 1
+        assert found["score"] == found["bleu"] / 100
+        assert 0 < found["published_bleu"] <= 100
+    assert "test_bleu" in (workdir / "report.md").read_text()
+
+
+def test_quantize_and_evaluate(trained, tmp_path):
+    config, workdir, metrics = trained
+    after = make_config(Path(config.data.pairs.train[0]).parent)
+    after.model.name = str(workdir / "model")
+    after.model.sizes = {}
+    after.quant.update(pattern="", weight_bits=8, activation_bits=8)
+    found = quantize(after, tmp_path / "ptq")
+    assert found["quantized"]["bleu"] > 0.8 * found["full_precision"]["bleu"]
+    full = sum(file.stat().st_size for file in (workdir / "model").glob("*.safetensors"))
+    assert found["weight_bytes"] < full / 2
+    listed = (tmp_path / "ptq" / "sites.txt").read_text()
+    for name in (
+        "decoder/layer_0/cross_attention/probs",
+        "decoder/layer_0/self_attention/key/kernel",
+        "generator/output",
+    ):
+        assert name in listed
+    after.model.name = str(workdir / "quantized")
+    again = evaluate(after)
+    assert again["bleu"] == pytest.approx(metrics["qat"]["bleu"], abs=5)
+
+
+@pytest.mark.parametrize("kind", ["model", "quantized"])
+def test_no_line_is_lost_or_out_of_order(trained, kind, tmp_path):
+    _, workdir, _ = trained
+    rng = np.random.default_rng(1)
+    lines = [" ".join(rng.choice(list(NUMBERS), rng.integers(2, 6))) for _ in range(21)]
+    lines[3] = lines[20] = ""
+    lines[7] = "one " * 40  # cut
+    lines[8] = "seven"  # unknown
+    told = []
+    translator = Translator.load(str(workdir / kind), "en-de")
+    found = translator(lines, DECODING, max_length=10, warn=told.append)
+    assert len(found) == 21 and found[3] == found[20] == ""
+    right = [a == " ".join(NUMBERS.get(word, "") for word in b.split()) for a, b in zip(found, lines, strict=True)]
+    assert sum(right) >= 14
+    assert "1 sentences have more than 10 tokens" in told[0] and "lines 8" in told[0]
+    assert told[1].startswith("1 of ") and "not in the vocabulary" in told[1]
+    # A sentence alone gives what it gave among others.
+    assert translator(lines[:1], DECODING) == found[:1]
+    (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in lines))
+    translate_file(str(workdir / kind), str(tmp_path / "in.txt"), str(tmp_path / "out.txt"), None, DECODING, 10)
+    assert (tmp_path / "out.txt").read_text() == "".join(f"{line}\n" for line in found)
+
+
+def test_standard_input_and_bad_models(trained, tiny_checkpoint):
+    _, workdir, _ = trained
+
+    def command(model, *flags, text=b"two three\n\nfive six\n"):
+        arguments = [f"--model={model}", "--beam=1", "--limit=8", "--batch_size=8", *flags]
+        return subprocess.run(
+            [sys.executable, "launch/translate.py", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            input=text,
+            capture_output=True,
+        )
+
+    done = command(workdir / "model")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode().split("\n")
+    assert len(lines) == 4 and lines[1] == lines[3] == "" and lines[0]
+    assert b"translate en-de: 3/3" in done.stderr
+    for model, flag, said in (
+        (tiny_checkpoint, "--limit=8", b"does not translate"),
+        (workdir / "model", "--direction=de-en", b"translates en-de, not de-en"),
+    ):
+        done = command(model, flag)
+        assert done.returncode == 1 and said in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_a_vocabulary_of_another_model(trained, tmp_path):
+    _, workdir, _ = trained
+    copy = Path(shutil.copytree(workdir / "model", tmp_path / "model"))
+    content = (copy / "pair_tokenizer.json").read_text()
+    (copy / "pair_tokenizer.json").write_text(content.replace('"sechs"', '"sechs", "sieben"'))
+    with pytest.raises(UserError, match="target vocabulary"):
+        Translator.load(str(copy))
+
+
+def test_the_objective_and_the_kind_of_experiment_follow_the_task(corpus):
+    config = make_config(corpus)
+    config.translation.update(label_smoothing=0.2, divisor="rows")
+    experiment = setup(config)
+    assert isinstance(experiment, Translation) and set(CORPORA) < set(TASKS)
+    assert experiment.objective == TranslationLoss(0.2, "rows", 1)
+    batch = experiment.batches("train", 128, shuffle=True, epochs=None)[0]
+    assert batch["source_ids"].shape[0] == len(batch["weights"]) and (batch["target_ids"][:, 0] == 2).any()
+    assert len(experiment.calibration_batches()) == 1
+
+
+def test_sharded_training_and_decoding(corpus, tmp_path):
+    """Eight simulated devices train and translate as one does."""
+    script = (
+        "from tests.experiments.test_translation import make_config\n"
+        "from qtx.experiments.run import train_and_evaluate\n"
+        "from pathlib import Path\nimport jax, sys\n"
+        "assert jax.device_count() == 8\n"
+        f"config = make_config(Path({str(corpus)!r}))\n"
+        "config.recipe = ('finetune',)\nconfig.phases.finetune.steps = 3\nconfig.log_every = 1\n"
+        f"train_and_evaluate(config, {str(tmp_path / 'eight')!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, **eight_devices()}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    config = make_config(corpus)
+    config.recipe, config.phases.finetune.steps, config.log_every = ("finetune",), 3, 1
+    train_and_evaluate(config, tmp_path / "one")
+    one, eight = (
+        [r["finetune/loss"] for r in read_metrics(tmp_path / name) if "finetune/loss" in r] for name in ("one", "eight")
+    )
+    np.testing.assert_allclose(one, eight, rtol=1e-4)
