@@ -156,7 +156,7 @@ def get_config(arg: str = "full_precision"):
         config.data.plan = "published"
     else:
         config.model.hidden_dropout, config.model.attention_dropout = 0.2, 0.1
-        config.translation.vocabulary = 4000
+        config.translation.update(vocabulary=4000, limit=64)
     width, warm = (512, 4000) if published else (TINY["hidden_size"], 1500)
     for phase in (config.phases.finetune, config.phases.qat):
         phase.update(batch_size=1500 if published else 2500, epochs=EPOCHS, evaluate_every=1.0, keep_best=not published)
@@ -191,6 +191,7 @@ def get_config(arg: str = "full_precision"):
         )
         return config
     if arg == "ptq":
+        config.model.sizes = ConfigDict()  # those of the checkpoint
         config.quant.update(weight_bits=8, weight_granularity="channel", activation_bits=8)
         config.calibration.update(batches=4, batch_size=32)
         return config

@@ -19,7 +19,7 @@ from qtx.errors import UserError
 from qtx.experiments import run
 from qtx.experiments.analyze import analyze
 from qtx.experiments.compare import compare
-from qtx.experiments.config import analysis, base, policy_from, quantization, sweeping
+from qtx.experiments.config import analysis, base, changed, policy_from, quantization, sweeping
 from qtx.experiments.plan import parse_axis, parse_range, parse_seeds
 from qtx.experiments.sweep import sweep
 from qtx.methods.calibrate import calibrate
@@ -614,3 +614,49 @@ def test_launcher_ends_with_one_line_and_status_1(tmp_path, argument, named):
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("error: ") and named in line
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def translation_config(parallel_files):
+    """The default experiment on sentence pairs."""
+    config = base()
+    config.task = "parallel"
+    config.data.pairs = {split: tuple(map(str, files)) for split, files in parallel_files.items()}
+    config.model.name = "encoder_decoder"
+    config.model.sizes = dict(hidden_size=16, num_heads=2, num_layers=1, decoder_layers=1, intermediate_size=16)
+    config.translation.tokenizer = "words"
+    config.recipe = ("finetune",)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"data.direction": "english-german"}, ["'english-german'", "en-de"]),
+        ({"task": "multi3k"}, ["'multi3k'"]),
+        ({"task": "multi30k", "data.dir": "."}, ["multi30k", "train"]),
+        ({"model.sizes": {"source_vocab_size": 10}}, ["source_vocab_size", "translation.vocabulary"]),
+        ({"model.sizes": {"max_positions": 50}}, ["data.max_length 128", "50 positions"]),
+        ({"model.sizes": {"tied": "both"}}, ["'both'", "'all'"]),
+        ({"translation.tokenizer": "bpe"}, ["'bpe'", "words"]),
+        ({"translation.label_smoothing": 1.5}, ["label_smoothing 1.5"]),
+        ({"translation.divisor": "sentences"}, ["'sentences'", "'tokens'"]),
+        ({"translation.beam": 0}, ["beam", "at least 1"]),
+        ({"phases.finetune.batch_size": 4}, ["token_budget 4", "at least"]),
+        ({"data.plan": "random"}, ["'random'", "buckets"]),
+        ({"model.amplify.sites": ("x",)}, ["model.amplify"]),
+        ({"recipe": ("qat",), "quant.evaluation_rounding": "dice"}, ["'dice'", "'drawn'"]),
+        ({"recipe": ("qat",), "quant.pattern": "attentoin"}, ["'attentoin'", "attention"]),
+    ],
+)
+def test_translation(translation_config, tmp_path, fields, named):
+    found = train(changed(translation_config, fields, "test"), tmp_path)
+    assert all(word in found for word in named), found
+
+
+def test_a_model_and_a_task_of_different_kinds(tiny_config, translation_config, tmp_path):
+    checkpoint = tiny_config.model.name
+    tiny_config.model.name = "encoder_decoder"
+    assert "needs a model that classifies" in train(tiny_config, tmp_path)
+    translation_config.model.name = checkpoint
+    assert "is no encoder-decoder" in train(translation_config, tmp_path)

@@ -37,7 +37,8 @@ from qtx.errors import UserError, near_misses
 from qtx.files import whole_file, write_text
 from qtx.methods.calibrate import stored_qparams
 from qtx.models.checkpoints import abstract_params
-from qtx.models.families import Family, ModelConfig, get_family
+from qtx.models.families import get_family
+from qtx.models.family import Family, ModelConfig
 from qtx.nn.sites import SiteInfo, check_policy, list_sites
 from qtx.quant import estimators, grid, rows
 from qtx.quant.pack import pack, pack_trits, unpack, unpack_trits

@@ -165,10 +165,18 @@ def test_report_only_runs_nothing(runs, tmp_path):
 
 
 def test_claims_about_rows_are_looked_at_where_both_are_known(runs, tmp_path):
-    claims = (("full", ">", "low"), ("low", ">", "full"), ("full", "~", "low"), ("low", "~", "low"))
+    claims = (
+        ("full", ">", "low"),
+        ("low", ">", "full"),
+        ("full", "~", "low"),
+        ("low", "~", "low"),
+        ("low", ">=", "full"),
+    )
     report = sweep.sweep(tiny_sweep(orderings=claims), tmp_path, only=["rte/*"])
-    assert [row[-1] for row in report.orderings.rows] == ["yes", "no", "no", "yes", "", "", "", ""]
-    assert "| rte   | full > low |" in (tmp_path / "table.md").read_text()
+    assert [row[-1] for row in report.orderings.rows] == ["yes", "no", "no", "yes", "no", *[""] * 5]
+    assert "| rte   | full > low  |" in (tmp_path / "table.md").read_text()
+    wide = sweep.sweep(tiny_sweep(orderings=claims, near=1.0), tmp_path, report_only=True)
+    assert [row[-1] for row in wide.orderings.rows][:5] == ["yes", "no", "yes", "yes", "yes"]
 
 
 def test_another_configuration_under_the_same_name_is_refused(runs, tmp_path):

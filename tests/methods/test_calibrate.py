@@ -10,9 +10,16 @@ from flax import traverse_util
 from qtx import quant
 from qtx.errors import UserError
 from qtx.methods import calibrate as calibration
-from qtx.methods.calibrate import activation_ranges, calibrate, permutation_groups, quantized_weights, stored_qparams
+from qtx.methods.calibrate import (
+    activation_ranges,
+    calibrate,
+    permutation_groups,
+    quantized_weights,
+    stored_qparams,
+    with_frozen_weights,
+)
 from qtx.nn import BertClassifier, Dense, list_sites, policy, site
-from qtx.quant import rows
+from qtx.quant import Spec, rows
 from qtx.quant.policy import Policy
 from tests.nn import tiny
 
@@ -357,3 +364,22 @@ def test_activation_ranges_are_calibrated_without_a_new_program():
     assert calibration._observe._cache_size() == before
     assert float(on["last"]["output"]["scale"]) != float(off["last"]["output"]["scale"])
     assert activation_ranges(Small(policy(quant.ternary())), given, BATCHES) == {}
+
+
+def test_weights_rounded_at_random_can_be_drawn_once():
+    rounded = Spec(2, "symmetric", range="dynamic", rounding="stochastic")
+    encoder = BertClassifier(tiny.CONFIG, policy=policy(weights={"**/kernel": rounded}))
+    sites = list_sites(encoder, {"params": tiny.params()}, *tiny.inputs())
+
+    def kernel(key):
+        model, params = with_frozen_weights(encoder, sites, tiny.params(), {}, key)
+        assert model.policy is None
+        return np.asarray(params["encoder"]["layer_0"]["ffn"]["up"]["kernel"])
+
+    nearest, drawn = kernel(None), np.stack([kernel(jax.random.key(seed)) for seed in range(40)])
+    np.testing.assert_array_equal(drawn[0], kernel(jax.random.key(0)))
+    assert len(np.unique(nearest)) <= 4 and (drawn[0] != drawn[1]).any()
+    weight = np.asarray(tiny.params()["encoder"]["layer_0"]["ffn"]["up"]["kernel"])
+    # Draws have the right mean, rounding to nearest has not.
+    off = np.abs(drawn.mean(0) - weight).mean()
+    assert off < 0.5 * np.abs(nearest - weight).mean()
