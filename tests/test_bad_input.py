@@ -120,6 +120,7 @@ def test_evaluation_while_training(tiny_config, tmp_path, fields, named):
         ({"weight_scheme": "ir_net", "weight_bits": 4}, "'ir_net' has 1 bit, not 4"),
         ({"weight_scheme": "binary", "weight_gradient": "clip"}, "'clipped'"),
         ({"weight_scheme": "magnitude", "weight_bits": 17}, "1 to 15 bits, not 17"),
+        ({"weight_scheme": "loss_aware", "weight_bits": 9}, "2 to 8 bits, not 9"),
     ],
 )
 def test_patterns_and_codebooks(tiny_config, tmp_path, fields, named):
@@ -588,6 +589,8 @@ def test_analyzing_a_model_without_a_trained_head(analysis_config, checkpoint, t
         ("trainable", ("nothing/**",), "nothing/**"),
         ("optimizer.rate_factors", (("poller/**", 10.0),), "poller/**"),
         ("optimizer.rate_factors", (("pooler/**", -1.0),), "positive factor"),
+        ("optimizer.name", "bert-adam", "'bert_adam'"),
+        ("optimizer.cycles", 3.0, "no effect on schedule 'linear'"),
     ],
 )
 def test_phase_settings(tiny_config, tmp_path, monkeypatch, field, value, named):

@@ -194,7 +194,7 @@ def _packed(
         raise UserError(f"weight {name!r}: permuted groups are for activations; use per_group(K) or per_channel()")
     integers, scale, zero_point = _quantize(spec, weight, qparams)
     codes, signed = np.asarray(integers), spec.is_codebook or (qparams is not None and bool(qparams.signed))
-    signs = {"ternary": "trits", "sign": "trits", "binary": "signs"}.get(spec.scheme)
+    signs = "trits" if spec.is_ternary else "signs" if spec.scheme == "binary" else None
     bits = spec.bits if signs or not spec.is_codebook else int(spec.storage_bits)  # a magnitude has a sign besides
     minimum = -1 if signs else -(2 ** (bits - 1)) if spec.is_codebook else int(grid.limits(spec, signed)[0])
     entry = {

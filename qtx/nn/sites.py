@@ -10,7 +10,7 @@ module's `policy` and by the variable collections that are passed to `apply`, in
     captures     mutable: its full-precision value is stored under its name
     masks        mutable: so is the mask of the elements that count (not padding), where it has one
     teacher      holds the name: the value is replaced; `{'value', 'gate'}` replaces where the gate is true
-    detach       holds the name: the gradient is cut where the flag is true
+    detach       holds the name: the gradient is cut where the flag, which broadcasts to the value, is true
     observers    mutable: the range is estimated from the value (calibration)
     ranges       scale and zero point in use; trained when the spec says `range='learned'`
     switches     holds the name: the grid is used where the flag is true; one program serves every choice of sites

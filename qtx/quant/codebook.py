@@ -2,11 +2,16 @@
 
     ternary     t = 0.7 mean|x|, codes sign(x) [|x| > t], scale = mean of |x| over the non-zero codes   (Li et al. 2016)
     binary      codes sign(x) with sign(0) = +1, scale = mean|x|                                  (Rastegari et al. 2016)
+    twn         h = mean of |x| above mean|x|, codes [clip(x, -h, h) / s], scale s = 2 h / (2^b - 1)
+    loss_aware  n = 2^(b-1) - 1, codes k from sign(x) on: a = sum |k| d |x| / sum |k| d and k = [n clip(x/a, -1, 1)] in turn,
+                scale = a / n; d is the curvature of the loss, or 1                (Hou and Kwok 2018, section 3.2)
     magnitude   s = 2^b - 1, l = s |x| / max|x|, codes sign(x) (floor(l) + m) with m in {0, 1}, scale = max|x| / s;
                 m is 1 with probability l - floor(l) if rounding is stochastic             (Alistarh et al. 2017, QSGD);
                 with scale='norm' the Euclidean norm stands for max|x|, as in the paper
 
-Means run over the elements that share a range. A row of zeros has scale 0 and stays zero.
+Means run over the elements that share a range. A row of zeros has scale 0 and stays zero; a row with a NaN is NaN.
+The codes of `twn` go from -2^(b-1) to 2^(b-1), more than b bits hold: 2 h / s is odd and half of it is rounded up (Kim et al.
+2022, "Understanding and improving knowledge distillation for QAT of large transformer encoders", for 4 to 7 bits).
 
 IR-Net (Qin et al. 2020) is a binary grid of `(x - mean) / std` of every row, whose scale is a power of two, with the
 gradient of `k tanh(t .)` instead of that of the sign: `t` grows from 0.1 to 10 in training, `k = max(1 / t, 1)` (section 3.3).
@@ -53,18 +58,21 @@ def standardized(x: jax.Array, granularity: Granularity) -> jax.Array:
     return jnp.where(constant, 0, divide(centred, jnp.sqrt(jnp.where(constant, 1, variance))))
 
 
-def codes(spec: Spec, x: jax.Array, noise: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def codes(
+    spec: Spec, x: jax.Array, noise: jax.Array | None = None, curvature: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Returns the codes of `x` (whole numbers as floats, same shape) and their scale (broadcastable to `x`).
 
     Args:
       spec: a codebook with concrete axes.
       x: any float tensor.
       noise: uniform in [0, 1), of the shape of `x`, for stochastic rounding; None: to nearest.
+      curvature: not negative, of the shape of `x`, for `'loss_aware'`; None: the same everywhere.
 
     Raises:
       UserError: for `'tanh'`, which has no codes.
     """
-    x = x.astype(jnp.float32)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if spec.scheme == "tanh":
         raise UserError(
             "scheme 'tanh' has no codes: its weights are real numbers; train with qtx.ir_net() to pack them"
@@ -72,7 +80,11 @@ def codes(spec: Spec, x: jax.Array, noise: jax.Array | None = None) -> tuple[jax
     if spec.scheme in ("magnitude", "magnitude_int8"):
         return _magnitude_codes(spec, x, noise)
     if spec.scheme == "sign":
-        return jnp.sign(x), jnp.ones((), jnp.float32)
+        return jnp.sign(x), jnp.ones((), x.dtype)
+    if spec.scheme == "loss_aware":
+        return _loss_aware(spec, jax.lax.stop_gradient(x), curvature)
+    if spec.scheme == "twn":
+        return _twn(spec, x)
     return _signs(spec, standardized(x, spec.granularity) if spec.standardize else x)
 
 
@@ -88,6 +100,36 @@ def _signs(spec: Spec, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     elif spec.scale == "shift":
         scale = jnp.where(scale > 0, jnp.exp2(jnp.round(jnp.log2(jnp.where(scale > 0, scale, 1)))), 0)
     return found, scale
+
+
+def _nonzero(x: jax.Array) -> jax.Array:
+    """Returns divisors, 1 in the place of 0."""
+    return jnp.where(x == 0, 1, x)
+
+
+def _twn(spec: Spec, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    magnitude = jnp.abs(x)
+    mean = rows.mean(magnitude, spec.granularity)
+    end = rows.mean(magnitude, spec.granularity, where=magnitude > mean)
+    end = jnp.where(end == 0, mean, end)  # all magnitudes are the same
+    scale = divide(2 * end, float(2**spec.bits - 1))
+    return jnp.round(divide(jnp.clip(x, -end, end), _nonzero(scale))), scale
+
+
+def _loss_aware(spec: Spec, x: jax.Array, curvature: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    levels, magnitude = float(2 ** (spec.bits - 1) - 1), jnp.abs(x)
+
+    def best_scale(found: jax.Array) -> jax.Array:
+        weight = jnp.abs(found) if curvature is None else jnp.abs(found) * curvature.astype(x.dtype)
+        total = rows.mean(weight, spec.granularity)
+        return divide(rows.mean(weight * magnitude, spec.granularity), _nonzero(total))
+
+    def nearest(scale: jax.Array) -> jax.Array:
+        return jnp.round(jnp.clip(divide(x, _nonzero(scale)), -1, 1) * levels)
+
+    found = jax.lax.fori_loop(1, spec.iterations, lambda _, found: nearest(best_scale(found)), jnp.sign(x))
+    scale = best_scale(found)
+    return nearest(scale), divide(scale, levels)
 
 
 def _magnitude_codes(spec: Spec, x: jax.Array, noise: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -106,7 +148,11 @@ def _magnitude_codes(spec: Spec, x: jax.Array, noise: jax.Array | None) -> tuple
 
 
 def fake_quant(
-    spec: Spec, x: jax.Array, noise: jax.Array | None = None, progress: jax.Array | float = 1.0
+    spec: Spec,
+    x: jax.Array,
+    noise: jax.Array | None = None,
+    progress: jax.Array | float = 1.0,
+    curvature: jax.Array | None = None,
 ) -> jax.Array:
     """Puts `x` on its grid and back; `spec.gradient` says what passes backwards, the scale is a constant.
 
@@ -115,6 +161,7 @@ def fake_quant(
       x: any float tensor.
       noise: see `codes`.
       progress: of training, in [0, 1], for schemes and gradients that depend on it.
+      curvature: see `codes`.
 
     Returns:
       Same shape and dtype as `x`.
@@ -123,7 +170,7 @@ def fake_quant(
         t, k = error_decay(progress, "tanh")
         soft = jnp.tanh(t * standardized(x, spec.granularity))
         return ste.scaled_ste(x, (k * soft).astype(x.dtype), k * t * (1 - soft * soft))
-    found, scale = codes(spec, x, noise)
+    found, scale = codes(spec, x, noise, curvature)
     value = (found * scale).astype(x.dtype)
     base = standardized(x, spec.granularity) if spec.standardize else x
     if spec.gradient == "decay":

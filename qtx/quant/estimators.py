@@ -70,10 +70,12 @@ def observe(
         zeros. Not used when the estimator's `padding` is `'include'`.
       group: `[d]` int32, for permuted groups.
     """
-    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    x = jax.lax.stop_gradient(x)
+    x = x if spec.clip is None else jnp.clip(x, *spec.clip)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32) if isinstance(spec.estimator, MinMax) else jnp.float32)
     weight = None
     if where is not None and spec.estimator.padding == "ignore":
-        weight = rows.to_rows(jnp.broadcast_to(where, x.shape).astype(jnp.float32), spec.granularity, group)
+        weight = rows.to_rows(jnp.broadcast_to(where, x.shape).astype(x.dtype), spec.granularity, group)
     x = rows.to_rows(x, spec.granularity, group)
     how = spec.estimator
     if not isinstance(how, MinMax):

@@ -5,6 +5,7 @@ Notation: `b` bits, scale `s`, zero point `z`, `[.]` rounds half to even.
     asymmetric    q in [0, 2^b - 1]             x_q = s (clip([x/s] + [z], 0, 2^b - 1) - [z])
     symmetric     q in [-2^(b-1), 2^(b-1) - 1]  x_q = s clip([x/s], q_min, q_max)
     one-sided     q in [0, 2^b - 1]             when a symmetric range has no negative part
+    narrow        q in [1 - 2^(b-1), 2^(b-1) - 1], otherwise as symmetric, one-sided or not
     offset        q in [0, 2^b - 1]             x_q = s [(clip(x, low, high) - low)/s] + low
     shifted       as published in the AG_NEWS study: s trunc(clip(x, low, high)/s) + low, all gradient passes
 
@@ -32,7 +33,7 @@ class QParams(NamedTuple):
     Attributes:
       scale: `[rows]` or a scalar; in the spec's scale domain, before the floor.
       zero_point: like `scale`; a real number, rounded when it is read. Zeros for symmetric grids.
-      signed: scalar bool; symmetric grids only: one decision for all rows.
+      signed: scalar bool; symmetric grids only: one decision for all rows (narrow ones always are).
       group: `[d]` int32, the group of each channel, or None; permuted groups only.
     """
 
@@ -47,6 +48,8 @@ def limits(spec: Spec, signed: jax.Array | bool) -> tuple[jax.Array, jax.Array]:
     full = float(2**spec.bits - 1)
     if spec.has_zero_point:
         return jnp.float32(0), jnp.float32(full)
+    if spec.scheme == "narrow":
+        return jnp.float32(1 - 2 ** (spec.bits - 1)), jnp.float32(2 ** (spec.bits - 1) - 1)
     half = float(2 ** (spec.bits - 1))
     return jnp.where(signed, jnp.float32(-half), 0), jnp.where(signed, jnp.float32(half - 1), jnp.float32(full))
 
@@ -66,7 +69,7 @@ def effective_scale(spec: Spec, stored: jax.Array) -> jax.Array:
         return jnp.exp(stored)
     if spec.scale_domain == "softplus":
         return jax.nn.softplus(stored)
-    return jnp.where(stored >= spec.eps, stored, jnp.asarray(spec.eps, stored.dtype))
+    return jnp.where(stored < spec.eps, jnp.asarray(spec.eps, stored.dtype), stored)  # NaN stays NaN
 
 
 def effective_zero_point(spec: Spec, stored: jax.Array) -> jax.Array:
@@ -89,7 +92,8 @@ def qparams(spec: Spec, low: jax.Array, high: jax.Array, group: jax.Array | None
       high: like `low`.
       group: kept with the parameters, for permuted groups.
     """
-    low, high = jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32)
+    dtype = jnp.promote_types(jnp.result_type(low, high), jnp.float32)
+    low, high = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
     if spec.scheme in ("offset", "shifted"):
         step = jnp.maximum(divide(high - low, float(2**spec.bits - 1)), spec.eps)
         return QParams(to_domain(spec, step), divide(-low, step), jnp.asarray(False), group)
@@ -97,7 +101,7 @@ def qparams(spec: Spec, low: jax.Array, high: jax.Array, group: jax.Array | None
     if spec.scheme == "asymmetric":
         step = divide(high - low, float(2**spec.bits - 1))
         return QParams(to_domain(spec, step), divide(-low, step), jnp.asarray(False), group)
-    signed = jnp.any(low < 0)
+    signed = jnp.asarray(True) if spec.scheme == "narrow" else jnp.any(low < 0)
     _, q_max = limits(spec, signed)
     step = divide(jnp.maximum(jnp.abs(low), high), q_max)
     return QParams(to_domain(spec, step), jnp.zeros_like(step), signed, group)
@@ -127,6 +131,7 @@ def fake_quant(
     params: QParams | None = None,
     noise: jax.Array | None = None,
     progress: jax.Array | float = 1.0,
+    curvature: jax.Array | None = None,
 ) -> jax.Array:
     """Puts `x` on its grid and back, with straight-through gradients.
 
@@ -136,12 +141,14 @@ def fake_quant(
       params: from `qparams`; not used by codebooks, which take their scale from `x`.
       noise: uniform in [0, 1), of the shape of `x`, for stochastic rounding; None: to nearest.
       progress: of training, in [0, 1], for codebooks that depend on it.
+      curvature: not negative, of the shape of `x`: the weights of its errors, for `'loss_aware'`; None: all the same.
 
     Returns:
       Same shape and dtype as `x`.
     """
+    x = _clipped(spec, x)
     if spec.is_codebook:
-        return codebook.fake_quant(spec, x, noise, progress)
+        return codebook.fake_quant(spec, x, noise, progress, curvature)
     assert params is not None, "uniform grids need QParams"
     learned = spec.range == "learned"
     if learned and spec.range_gradient == "lsq":
@@ -158,6 +165,10 @@ def fake_quant(
         low = (-grid.scale * grid.zero_point).astype(x.dtype)
         return estimator(x - low, *grid._replace(zero_point=jnp.zeros_like(grid.zero_point))) + low
     return estimator(x, *grid)
+
+
+def _clipped(spec: Spec, x: jax.Array) -> jax.Array:
+    return x if spec.clip is None else ste.clip_inside(x, *spec.clip)
 
 
 def _shifted(spec: Spec, x: jax.Array, grid: Affine) -> jax.Array:
@@ -197,23 +208,27 @@ def fake_quant_rows(
       `[..., dim]`.
     """
     granularity = spec.granularity
-    whole = granularity.axis is None
-    by_row = not spec.is_codebook and granularity.groups is None and (whole or granularity.axis == 0)
-    if not by_row or params is None or noise is not None:
+    rows_apart = granularity.axis == 0 and granularity.groups is None
+    by_row = rows_apart or (granularity.axis is None and not spec.is_codebook)
+    if not by_row or noise is not None:
         return jnp.take(fake_quant(spec, table, params, noise, progress), ids, axis=0)
     flat = ids.reshape(-1)
-    if not whole:
+    if params is not None and rows_apart:
         params = params._replace(scale=params.scale[flat], zero_point=params.zero_point[flat])
-    return fake_quant(spec, jnp.take(table, flat, axis=0), params).reshape(*ids.shape, table.shape[1])
+    looked_up = fake_quant(spec, jnp.take(table, flat, axis=0), params, None, progress)
+    return looked_up.reshape(*ids.shape, table.shape[1])
 
 
-def quantize(spec: Spec, x: jax.Array, params: QParams | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def quantize(
+    spec: Spec, x: jax.Array, params: QParams | None = None, curvature: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the integers of `x` with what is needed to read them: `x_q = scale (integers - zero_point)`.
 
     Args:
       spec: with concrete axes.
       x: any float tensor.
       params: from `qparams`; None for codebooks.
+      curvature: see `fake_quant`.
 
     Returns:
       int32 integers of the shape of `x`; scale; zero point. The last two broadcast against `x`.
@@ -221,8 +236,9 @@ def quantize(spec: Spec, x: jax.Array, params: QParams | None = None) -> tuple[j
     Raises:
       UserError: for `'shifted'` and `'tanh'`, whose values are not of this form.
     """
+    x = _clipped(spec, x)
     if spec.is_codebook:
-        codes, scale = codebook.codes(spec, x)
+        codes, scale = codebook.codes(spec, x, curvature=curvature)
         return codes.astype(jnp.int32), scale, jnp.zeros_like(scale)
     assert params is not None, "uniform grids need QParams"
     scale, zero_point, q_min, q_max = affine(spec, params, x.shape)

@@ -16,9 +16,11 @@ from typing import Any, Literal
 
 from qtx.errors import UserError, near_misses
 
-UNIFORM = ("symmetric", "asymmetric", "offset", "shifted")
+UNIFORM = ("symmetric", "narrow", "asymmetric", "offset", "shifted")
 CODEBOOKS = {  # least and greatest number of bits
     "ternary": (2, 2),
+    "twn": (3, 8),
+    "loss_aware": (2, 8),
     "binary": (1, 1),
     "sign": (1, 1),
     "tanh": (1, 1),
@@ -205,11 +207,14 @@ class Spec:
     """One quantizer, fully described.
 
     Attributes:
-      bits: 2 to 16 for the uniform schemes; ternary counts as 2, binary as 1; `'magnitude'` has a sign besides its bits.
-      scheme: `'symmetric'` (no zero point; unsigned when the range is one-sided), `'asymmetric'` (integer zero point),
+      bits: 2 to 16 for the uniform schemes (`'offset'`: from 1); ternary counts as 2, binary as 1; `'magnitude'` has a sign
+        besides its bits.
+      scheme: `'symmetric'` (no zero point; unsigned when the range is one-sided), `'narrow'` (symmetric, signed in any case and
+        without the least integer: as many levels on both sides of zero), `'asymmetric'` (integer zero point),
         `'offset'` (the lower end itself is on the grid, and zero need not be); with a scale from the tensor itself
-        `'ternary'` (threshold 0.7 mean|x|, TWN), `'binary'` (signs) or `'magnitude'` (sign and magnitude, see
-        `qtx.quant.codebook`). As published, where results depend on it: `'shifted'` (the lower end is added without having been
+        `'ternary'` (threshold 0.7 mean|x|, TWN), `'binary'` (signs), `'loss_aware'` (the scale of least error, found by
+        alternation), `'twn'` (TWN's threshold for more bits) or `'magnitude'` (sign and magnitude), see
+        `qtx.quant.codebook`. As published, where results depend on it: `'shifted'` (the lower end is added without having been
         subtracted), `'magnitude_int8'` (codes wrap in a signed byte), `'sign'` (signs without a scale, zero stays zero) and
         `'tanh'` (a soft sign that hardens in training).
       granularity: which elements share a range.
@@ -230,6 +235,10 @@ class Spec:
       standardize: of a codebook: each row is centred and scaled to unit standard deviation first (IR-Net).
       range_gradient: of a learned range: `'plain'`, or `'lsq'`: those of scale and zero point are divided by `sqrt(n
         q_max)`, with `n` elements sharing the range (Esser et al. 2020, section 2.2).
+      clip: `(low, high)`: the tensor is clamped to it before anything else, statistics included; what is not strictly
+        inside has no gradient. Any scheme; None: no clamp. A clip that is learned is a range that is learned (`range`): its
+        ends are the scale times the ends of the grid.
+      iterations: of `'loss_aware'`: how often scale and codes are found in turn.
     """
 
     bits: int = 8
@@ -245,8 +254,11 @@ class Spec:
     scale: Literal["mean", "shift", "one", "norm"] = "mean"
     gradient: Literal["straight", "clipped", "decay"] = "straight"
     standardize: bool = False
+    clip: tuple[float, float] | None = None
+    iterations: int = 11
 
     def __post_init__(self):
+        self._check_clip()
         _choice("rounding", self.rounding, ("nearest", "stochastic", "truncate", "floor"))
         _choice("codebook scale", self.scale, ("mean", "shift", "one", "norm"))
         _choice("codebook gradient", self.gradient, ("straight", "clipped", "decay"))
@@ -266,9 +278,13 @@ class Spec:
                 raise UserError(
                     f"{self.scheme} scales come from the tensor itself; use range='dynamic', not {self.range!r}"
                 )
-        elif not 2 <= self.bits <= 16:
+        elif not (1 if self.scheme == "offset" else 2) <= self.bits <= 16:
             raise UserError(
                 f"{self.bits} bits: uniform grids take 2 to 16; for fewer use qtx.ternary() or qtx.binary()"
+            )
+        if self.iterations < 1 or (self.iterations != 11 and self.scheme != "loss_aware"):
+            raise UserError(
+                f"iterations={self.iterations}: at least one, and for loss_aware grids, not {self.scheme!r}"
             )
         truncated = self.rounding in ("truncate", "floor")
         if truncated != (self.scheme == "shifted"):
@@ -290,6 +306,13 @@ class Spec:
         if is_entropy and self.granularity.axis is not None:
             raise UserError("the cross-entropy search looks at whole rows of logits: it needs per_tensor() granularity")
 
+    def _check_clip(self) -> None:
+        if self.clip is None:
+            return
+        if not isinstance(self.clip, tuple | list) or len(self.clip) != 2 or not self.clip[0] < self.clip[1]:
+            raise UserError(f"clip={self.clip!r} is no pair of a low and a higher end, such as (-2.5, 2.5)")
+        object.__setattr__(self, "clip", tuple(map(float, self.clip)))  # lists, as JSON has them, have no hash
+
     @property
     def is_codebook(self) -> bool:
         """Whether the scale comes from the tensor itself at every call, and no range is stored."""
@@ -301,11 +324,16 @@ class Spec:
         return self.scheme in ("asymmetric", "offset", "shifted")
 
     @property
+    def is_ternary(self) -> bool:
+        """Whether the codes are -1, 0 and 1."""
+        return self.scheme in ("ternary", "sign") or (self.scheme == "loss_aware" and self.bits == 2)
+
+    @property
     def storage_bits(self) -> float:
         """Bits that a value takes: log2(3) where there are three of them, 32 where they are real numbers."""
-        if self.scheme in ("ternary", "sign"):
+        if self.is_ternary:
             return math.log2(3)
-        if self.scheme == "magnitude":
+        if self.scheme in ("magnitude", "twn"):
             return self.bits + 1
         if self.scheme == "magnitude_int8":
             return min(self.bits + 1, 8)
@@ -333,7 +361,8 @@ class Spec:
         return dataclasses.replace(self, granularity=dataclasses.replace(self.granularity, axis=axis))
 
     def __str__(self) -> str:
-        rounded = [self.rounding] if self.rounding == "stochastic" else []
+        rounded: list[str] = [self.rounding] if self.rounding == "stochastic" else []
+        rounded += [] if self.clip is None else [f"clip {self.clip[0]:g}..{self.clip[1]:g}"]
         if self.is_codebook:
             bits = f"{self.bits}-bit " if CODEBOOKS[self.scheme][1] > 2 else ""
             own = ["standardized"] * self.standardize
@@ -368,6 +397,11 @@ def binary(granularity: Granularity = Granularity(), **options: Any) -> Spec:
 def ir_net(granularity: Granularity = Granularity("channel")) -> Spec:
     """Balanced and standardised signs with a power of two for a scale and decaying gradient error (Qin et al. 2020, IR-Net)."""
     return binary(granularity, scale="shift", gradient="decay", standardize=True)
+
+
+def loss_aware(bits: int = 2, granularity: Granularity = Granularity(), **options: Any) -> Spec:
+    """`2^bits - 1` levels at the scale of least squared error (Hou and Kwok 2018, "Loss-aware weight quantization")."""
+    return Spec(bits, "loss_aware", granularity, range="dynamic", **options)
 
 
 def magnitude(bits: int, granularity: Granularity = Granularity(), **options: Any) -> Spec:

@@ -1,7 +1,7 @@
 """Straight-through estimators: rounding and clamping whose gradients are chosen, not derived.
 
 `jnp.clip` splits the gradient at ties and `lax.clamp` drops it, but a min-max range puts the extreme element exactly on
-the edge every time. All masks here are inclusive: an element on the edge keeps its gradient.
+the edge every time. The masks of grids are inclusive: an element on the edge keeps its gradient. That of `clip_inside` is not.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ scale_gradient.defvjp(lambda x, factor: (x, factor), lambda factor, g: (g * fact
 def clip_ste(x: jax.Array, low: jax.Array | float, high: jax.Array | float) -> jax.Array:
     """Clamps `x`; the gradient is 1 inside and on both edges, 0 strictly outside."""
     return jnp.where(x < low, low, jnp.where(x > high, high, x))
+
+
+def clip_inside(x: jax.Array, low: float, high: float) -> jax.Array:
+    """Clamps `x`; the gradient is 1 strictly inside, 0 on both edges and beyond. NaN stays NaN."""
+    return jnp.where((x > low) & (x < high), x, jnp.clip(jax.lax.stop_gradient(x), low, high))
 
 
 @jax.custom_vjp

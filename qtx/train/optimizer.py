@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from qtx.errors import UserError, near_misses
+from qtx.quant.exact import divide
 from qtx.quant.policy import matches
 
 # Biases, norms and ranges are never decayed: a decayed range parameter shrinks its grid.
 NO_DECAY = ("**/bias", "**/norm/scale", "ranges/**")
-Schedule = Literal["linear", "cosine", "constant", "inverse_sqrt"]
+Schedule = Literal["linear", "cosine", "constant", "inverse_sqrt", "hard_restarts", "warm_restarts"]
+Name = Literal["adamw", "bert_adam"]
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and decay.
+    """An optimizer with warm-up and decay.
 
     Attributes:
+      name: `'adamw'`, or `'bert_adam'`, the one that BERT's first release on PyTorch had (see `bert_adam`).
       learning_rate: peak.
       range_learning_rate: peak for learned ranges; None: the same as for weights.
       rate_factors: pairs of a pattern over parameter names and a factor on their learning rate, such as
         `('classifier/**', 10.0)` for a fresh head; the last pair that matches counts.
       warmup: share of the steps with a linearly rising rate.
       warmup_steps: their number; overrides `warmup` if positive.
-      schedule: what follows: linear decay to zero, cosine decay to zero, or constant. `'inverse_sqrt'` is the schedule of
+      schedule: what follows: linear decay to zero, cosine decay to zero, or constant; `'hard_restarts'`: a cosine decay that
+        starts `cycles` times, `'warm_restarts'`: the same, with a warm-up before each. `'inverse_sqrt'` is the schedule of
         Vaswani et al. 2017 (section 5.3): in step t, counted from 1, `min(t / warm, sqrt(warm / t))` of the peak. Theirs is
         the peak `1 / sqrt(width * warm)`.
+      cycles: of the cosine: 0.5 is one decay to zero, 1 comes back; with restarts: how many decays, at least 1.
       weight_decay: decoupled; not for biases, norms and ranges.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added to the root of the second moment, after bias correction.
-      max_grad_norm: clips the global norm; 0: off.
+      eps: added to the root of the second moment, after bias correction if there is one; `'bert_adam'` was published with 1e-6.
+      max_grad_norm: clips the global norm (`'bert_adam'`: the norm of each array on its own); 0: off.
     """
 
     learning_rate: float = 5e-5
@@ -48,10 +54,20 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-8
     max_grad_norm: float = 1.0
+    name: Name = "adamw"
+    cycles: float = 0.5
 
     def __post_init__(self):
+        if self.name not in get_args(Name):
+            raise UserError(f"unknown optimizer {self.name!r}{near_misses(self.name, get_args(Name))}")
         if self.schedule not in get_args(Schedule):
             raise UserError(f"unknown schedule {self.schedule!r}{near_misses(self.schedule, get_args(Schedule))}")
+        if self.cycles <= 0 or (self.schedule.endswith("restarts") and self.cycles < 1):
+            raise UserError(
+                f"cycles {self.cycles}: the cosine takes a positive number, schedules with restarts at least 1"
+            )
+        if self.cycles != 0.5 and self.schedule not in ("cosine", "hard_restarts", "warm_restarts"):
+            raise UserError(f"cycles {self.cycles} has no effect on schedule {self.schedule!r}; leave it at 0.5")
         if self.learning_rate <= 0:
             raise UserError(f"learning_rate must be positive, not {self.learning_rate}")
         for pair in self.rate_factors:
@@ -64,18 +80,38 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Returns the schedule over a phase of `steps` steps, with peak 1; it is a function of the steps taken before."""
-    warm = config.warmup_steps or round(config.warmup * steps)
+    """Returns the schedule over a phase of `steps` steps, with peak 1; it is a function of the steps taken before.
+
+    Past the end `'adamw'` stays where it is; `'bert_adam'` goes on, as published: a cosine rises again. Its warm-up may end
+    between two steps.
+    """
+    published = config.name == "bert_adam"
+    warm = config.warmup_steps or (config.warmup * steps if published else round(config.warmup * steps))
     if config.schedule == "inverse_sqrt":
         warm = max(warm, 1)
         return lambda taken: jnp.minimum((taken + 1) / warm, jnp.sqrt(warm / (taken + 1)))
-    rest = max(steps - warm, 1)
-    after = {
-        "linear": optax.linear_schedule(1.0, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(1.0, rest),
-        "constant": optax.constant_schedule(1.0),
-    }[config.schedule]
-    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warm), after], [warm]) if warm else after
+
+    def multiplier(taken):
+        taken = jnp.asarray(taken, float)
+        taken, rise = taken if published else jnp.minimum(taken, steps), float(warm)
+        if config.schedule == "warm_restarts":
+            taken, rise = jnp.mod(taken * config.cycles, steps), rise * config.cycles
+        decayed = divide(taken - rise, max(steps - rise, 1.0))
+        after = {
+            "constant": lambda: jnp.ones_like(taken),
+            "linear": lambda: jnp.maximum(1 - decayed, 0),
+            "cosine": lambda: _half_cosine(2 * config.cycles * decayed),
+            "hard_restarts": lambda: _half_cosine(jnp.mod(config.cycles * decayed, 1)),
+            "warm_restarts": lambda: _half_cosine(decayed),
+        }[config.schedule]()
+        return jnp.where(taken < rise, divide(taken, max(rise, 1e-9)), after)
+
+    return multiplier
+
+
+def _half_cosine(x: jax.Array) -> jax.Array:
+    """Falls from 1 at 0 to 0 at 1, and rises again."""
+    return 0.5 * (1 + jnp.cos(jnp.pi * x))
 
 
 def rate_factor(config: OptimizerConfig, name: str) -> float:
@@ -86,12 +122,69 @@ def rate_factor(config: OptimizerConfig, name: str) -> float:
     return next((factor for pattern, factor in reversed(config.rate_factors) if matches(pattern, path)), 1.0)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Returns the optimizer for a phase of `steps` steps over a flat dict of arrays by name."""
+def is_decayed(name: str) -> bool:
+    """Whether weight decay applies to an array, `params/...` or `ranges/...`."""
+    return not any(matches(pattern, name) for pattern in NO_DECAY)
+
+
+class BertAdamState(NamedTuple):
+    """Of each array: the updates that it has had (int32), and its first and second moment."""
+
+    counts: dict[str, jax.Array]
+    mu: dict[str, jax.Array]
+    nu: dict[str, jax.Array]
+
+
+def bert_adam(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Returns Adam as in BERT's first release on PyTorch, for which every array is a world of its own.
+
+    Each has its norm clipped, its step counter and therefore its place in the schedule. The moments are not corrected for
+    their start at zero, and the first update has rate 0 where there is a warm-up. An array whose gradient is zero in all its
+    elements is not reached by the loss: it is skipped, without decay, and neither its moments nor its counter move. (The
+    release skips what has no gradient at all; a compiled program has zeros there.)
+
+    Args:
+      config: whose `name` is `'bert_adam'`.
+      steps: where the schedule ends, in updates of an array.
+    """
     schedule = learning_rate(config, steps)
 
-    def decayed(tree):
-        return {name: not any(matches(pattern, name) for pattern in NO_DECAY) for name in tree}
+    def init(trained):
+        zeros = {name: jnp.zeros_like(value) for name, value in trained.items()}
+        return BertAdamState({name: jnp.int32(0) for name in trained}, zeros, dict(zeros))
+
+    def updated(name, gradient, value, count, mu, nu):
+        reached = jnp.any(gradient != 0)
+        if config.max_grad_norm > 0:
+            norm = jnp.sqrt(jnp.sum(jnp.square(gradient)))
+            gradient = gradient * jnp.minimum(1, config.max_grad_norm / (norm + 1e-6))
+        new_mu = config.b1 * mu + (1 - config.b1) * gradient
+        new_nu = config.b2 * nu + (1 - config.b2) * jnp.square(gradient)
+        direction = new_mu / (jnp.sqrt(new_nu) + config.eps)
+        if is_decayed(name):
+            direction = direction + config.weight_decay * value
+        rate = (config.learning_rate * rate_factor(config, name) * schedule(count)).astype(value.dtype)
+        new = (-rate * direction, count + 1, new_mu, new_nu)
+        old = (jnp.zeros_like(value), count, mu, nu)
+        return tuple(jnp.where(reached, *pair) for pair in zip(new, old, strict=True))
+
+    def update(gradients, state, trained=None):
+        assert trained is not None, "decay needs the parameters"
+        found = {
+            name: updated(name, gradient, trained[name], *(field[name] for field in state))
+            for name, gradient in gradients.items()
+        }
+        updates, *fields = ({name: values[i] for name, values in found.items()} for i in range(4))
+        return updates, BertAdamState(*fields)
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Returns the optimizer for a phase of `steps` steps over a flat dict of arrays by name."""
+    if config.name == "bert_adam":
+        return bert_adam(config, steps)
+    schedule = learning_rate(config, steps)
 
     def scaled(updates, _):
         return {name: update * rate_factor(config, name) for name, update in updates.items()}
@@ -99,7 +192,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm > 0 else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda tree: {name: is_decayed(name) for name in tree}),
         optax.scale_by_schedule(lambda step: -config.learning_rate * schedule(step)),
         optax.stateless(scaled),
     )

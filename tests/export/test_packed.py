@@ -22,6 +22,7 @@ from qtx.quant import (
     Spec,
     asymmetric,
     binary,
+    loss_aware,
     per_channel,
     per_embedding,
     per_group,
@@ -70,6 +71,16 @@ POLICIES = {
     "dynamic": policy(asymmetric(4, range="dynamic"), symmetric(8, per_token(), range="dynamic")),
     "ternary": policy({"**/kernel": ternary(per_channel()), "Et": ternary(), "MHA": ternary(per_group(4, axis=0))}, A8),
     "binary, inputs": policy({"**/kernel": binary(per_channel()), "wC": binary()}, None, symmetric(8)),
+    "clipped, loss-aware": policy(
+        {
+            "FFN": Spec(4, "narrow", per_channel(), range="dynamic", clip=(-0.5, 0.75)),
+            "Et": ternary(per_channel(), clip=(-0.5, 0.5)),
+            "MHA": loss_aware(2),
+            "wP": loss_aware(3, per_channel()),
+            "wC": Spec(4, "twn", range="dynamic"),
+        },
+        A8,
+    ),
     "nothing": policy(None, A8),
 }
 
@@ -116,7 +127,7 @@ def test_round_trip(tmp_path, params, sites, ranges_of, name):
     assert held == sum(item.stored for item in range_memory(POLICIES[name], sites))
 
 
-@pytest.mark.parametrize("name", ["8 bits", "groups", "log", "ternary", "binary, inputs"])
+@pytest.mark.parametrize("name", ["8 bits", "groups", "log", "ternary", "binary, inputs", "clipped, loss-aware"])
 def test_logits_are_those_of_the_model_in_memory(tmp_path, params, ranges_of, name):
     ranges = ranges_of(name)
     save_quantized(tmp_path, BERT, CONFIG, POLICIES[name], params, ranges)
@@ -133,6 +144,9 @@ def test_ternary_takes_eight_fifths_of_a_bit(sites, params):
     assert sizes["encoder/embeddings/word/table"] == -(-32 * 16 // 5) + 4
     assert sizes["encoder/layer_0/ffn/up/kernel"] == -(-16 * 32 // 5) + 4 * 32
     assert sizes["encoder/layer_0/ffn/up/bias"] == 4 * 32
+    sizes = {item.name: item.stored for item in weight_memory(POLICIES["clipped, loss-aware"], sites, params)}
+    assert sizes["encoder/embeddings/word/table"] == -(-32 * 16 // 5) + 4 * 32
+    assert sizes["encoder/layer_0/attention/query/kernel"] == -(-16 * 16 // 5) + 4
 
 
 def test_grid_values_give_the_same_file(tmp_path, params, sites, ranges_of):

@@ -83,6 +83,79 @@ def test_sixteen_bit_input_keeps_its_dtype(scheme):
     np.testing.assert_array_equal(y, quant.fake_quant(spec, x.astype(jnp.float32)).astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("scheme", ["ternary", "binary", "loss_aware", "twn"])
+def test_a_nan_stays_in_its_row(scheme):
+    spec = quant.Spec(
+        {"ternary": 2, "binary": 1}.get(scheme, 4), scheme, quant.per_channel(0), range="dynamic", clip=(-2, 2)
+    )
+    y = quant.fake_quant(spec, jnp.array([[1.0, jnp.nan, 3.0], [1.0, -2.0, 0.1], [0.0, 0.0, 0.0]]))
+    assert np.isnan(y[0, 1]) and np.isfinite(y[1]).all() and not np.any(y[2])
+
+
+@pytest.mark.parametrize("kind", AXES)
+def test_statistics_are_those_of_the_clamped_tensor(kind):
+    granularity, axis = AXES[kind]
+    x, g = np.random.default_rng(1).standard_normal((2, 6, 7)).astype(np.float32) * 2
+    spec = quant.ternary(granularity, clip=(-1.0, 1.5))
+    y, back = jax.vjp(lambda x: quant.fake_quant(spec, x), jnp.asarray(x))
+    codes, scale, _ = reference("ternary", np.clip(x, -1, 1.5), axis)
+    np.testing.assert_allclose(y, codes * scale, rtol=1e-6)
+    np.testing.assert_array_equal(back(g)[0], g * ((x > -1) & (x < 1.5)))
+    np.testing.assert_array_equal(quant.quantize(spec, x)[0], codes)
+
+
+# --- More bits, loss-aware ---
+
+
+@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize("bits", [4, 7])
+def test_twn_with_more_bits_against_numpy(bits, kind):
+    granularity, axis = AXES[kind]
+    x, g = np.random.default_rng(bits).standard_normal((2, 5, 9))
+    magnitude = np.abs(x)
+    keep = magnitude > magnitude.mean(axis, keepdims=True)
+    end = (magnitude * keep).sum(axis, keepdims=True) / keep.sum(axis, keepdims=True)
+    step = 2 * end / (2**bits - 1)
+    with jax.enable_x64(True):
+        spec = quant.Spec(bits, "twn", granularity, range="dynamic")
+        y, back = jax.vjp(lambda x: quant.fake_quant(spec, x), jnp.asarray(x))
+        np.testing.assert_allclose(y, np.rint(np.clip(x, -end, end) / step) * step, rtol=1e-12)
+        np.testing.assert_array_equal(back(jnp.asarray(g))[0], g)
+        assert np.abs(quant.quantize(spec, jnp.asarray(x))[0]).max() <= 2 ** (bits - 1)
+        np.testing.assert_allclose(
+            quant.fake_quant(spec, -jnp.ones((2, 3))), -np.ones((2, 3)) * 2**bits / (2**bits - 1)
+        )
+
+
+@pytest.mark.parametrize("kind", AXES)
+@pytest.mark.parametrize(("bits", "iterations"), [(2, 1), (2, 11), (4, 3)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_loss_aware_against_numpy(bits, iterations, weighted, kind):
+    granularity, axis = AXES[kind]
+    rng = np.random.default_rng(bits)
+    (x, g), levels = rng.standard_normal((2, 5, 9)), 2 ** (bits - 1) - 1
+    curvature = rng.uniform(0.1, 3.0, x.shape) if weighted else np.ones_like(x)
+    found = np.sign(x)
+    for _ in range(iterations):
+        weight = np.abs(found) * curvature
+        scale = (weight * np.abs(x)).sum(axis, keepdims=True) / weight.sum(axis, keepdims=True)
+        found = np.rint(np.clip(x / scale, -1, 1) * levels) / levels
+    with jax.enable_x64(True):
+        spec = quant.loss_aware(bits, granularity, iterations=iterations)
+        given = jnp.asarray(curvature) if weighted else None
+        y, back = jax.vjp(lambda x: quant.fake_quant(spec, x, curvature=given), jnp.asarray(x))
+        np.testing.assert_allclose(y, scale * found, rtol=1e-12)
+        np.testing.assert_array_equal(back(jnp.asarray(g))[0], g)
+        codes = quant.quantize(spec, jnp.asarray(x), curvature=given)[0]
+    np.testing.assert_array_equal(codes, np.rint(found * levels))
+
+
+def test_the_scale_of_a_loss_aware_grid_is_better():
+    x = jax.random.normal(jax.random.key(0), (200,))
+    errors = [float(jnp.sum((quant.fake_quant(spec, x) - x) ** 2)) for spec in (quant.loss_aware(), quant.ternary())]
+    assert errors[0] < errors[1]
+
+
 # --- Sign and magnitude ---
 
 

@@ -144,6 +144,63 @@ def test_sidedness_is_one_decision_for_all_rows():
     np.testing.assert_array_equal(quant.fake_quant(spec, -jnp.ones((2, 2)), one_sided), np.zeros((2, 2)))
 
 
+@pytest.mark.parametrize(
+    ("granularity", "axis"), [(quant.per_tensor(), None), (quant.per_token(), -1), (quant.Granularity((0, 1)), (2, 3))]
+)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("clip", [None, (-0.75, 2.0)])
+def test_narrow_grids_against_numpy_in_float64(bits, clip, granularity, axis):
+    x, g = np.random.default_rng(bits).standard_normal((2, 2, 3, 4, 5))
+    x.reshape(-1)[:3] = -0.75, 2.0, 2.5
+    low, high = clip or (-np.inf, np.inf)
+    clamped, levels = np.clip(x, low, high), 2 ** (bits - 1) - 1
+    step = np.abs(clamped).max(axis, keepdims=True) / levels
+    with jax.enable_x64(True):
+        spec = quant.Spec(bits, "narrow", granularity, range="dynamic", clip=clip).at(-1, x.ndim)
+
+        def run(x):
+            return quant.fake_quant(spec, x, quant.estimate(spec, x))
+
+        y, back = jax.vjp(run, jnp.asarray(x))
+        np.testing.assert_allclose(y, np.rint(clamped / step) * step, rtol=1e-12)
+        np.testing.assert_array_equal(back(jnp.asarray(g))[0], g * ((x > low) & (x < high)))
+        codes, _, zero = quant.quantize(spec, jnp.asarray(x), quant.estimate(spec, jnp.asarray(x)))
+    assert np.abs(codes).max() == levels and not np.any(zero)
+
+
+def test_narrow_grids_are_signed_on_one_sided_data():
+    spec, x = quant.Spec(8, "narrow"), jnp.array([0.0, 0.1, 1.27])
+    params = quant.estimate(spec, x)
+    np.testing.assert_array_equal(quant.quantize(spec, x, params)[0], [0, 10, 127])
+    np.testing.assert_array_equal(quant.quantize(spec, -2 * x, params)[0], [0, -20, -127])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_offset_grids_with_a_clip_against_numpy_in_float64(bits):
+    x, g = np.random.default_rng(bits).standard_normal((2, 6, 7)) * 1.5
+    clamped, levels = np.clip(x, -1.0, 1.5), 2**bits - 1
+    low, width = clamped.min(1, keepdims=True), np.ptp(clamped, axis=1, keepdims=True)
+    with jax.enable_x64(True):
+        spec = quant.Spec(bits, "offset", quant.per_channel(0), range="dynamic", clip=(-1.0, 1.5))
+        y, back = jax.vjp(lambda x: quant.fake_quant(spec, x, quant.estimate(spec, x)), jnp.asarray(x))
+        np.testing.assert_allclose(y, np.rint((clamped - low) / width * levels) / levels * width + low, atol=1e-12)
+        np.testing.assert_array_equal(back(jnp.asarray(g))[0], g * ((x > -1) & (x < 1.5)))
+
+
+def test_looked_up_rows_are_those_of_the_quantized_table():
+    table, ids = jax.random.normal(jax.random.key(0), (9, 4)) * 2, jnp.array([[3, 0, 3], [8, 1, 3]])
+    g = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    for spec in (
+        quant.ternary(quant.per_channel(0), clip=(-2.5, 2.5)),
+        quant.ternary(),
+        quant.ternary(quant.per_channel(1)),
+    ):
+        y, back = jax.vjp(lambda table, spec=spec: grid.fake_quant_rows(spec, table, ids), table)
+        want, wanted = jax.vjp(lambda table, spec=spec: quant.fake_quant(spec, table)[ids], table)
+        np.testing.assert_array_equal(y, want)
+        np.testing.assert_allclose(back(g)[0], wanted(g)[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_zeros_stay_zeros(scheme):
     spec, x = SCHEMES[scheme](8), jnp.zeros((2, 3))

@@ -22,6 +22,11 @@ from qtx.quant.spec import ESTIMATORS, Granularity, MinMax, Search, Spec
         (lambda: Spec(2, "ternary"), "use range='dynamic'"),
         (lambda: Spec(3, "ternary", range="dynamic"), "takes bits=2"),
         (lambda: Spec(2, "binary", range="dynamic"), "takes bits=1"),
+        (lambda: quant.loss_aware(9), "takes bits=2 to 8"),
+        (lambda: quant.loss_aware(iterations=0), "at least one"),
+        (lambda: quant.ternary(iterations=3), "not 'ternary'"),
+        (lambda: quant.ternary(clip=(2.5, -2.5)), "such as (-2.5, 2.5)"),
+        (lambda: quant.symmetric(8, clip=2.5), "such as (-2.5, 2.5)"),
         (lambda: Granularity("chanel"), "did you mean 'channel'"),
         (lambda: Granularity(None, groups=2), "use per_group"),
         (lambda: quant.per_group(0), "at least one group"),
@@ -55,6 +60,7 @@ def test_specs_are_values():
     assert {one: 1}[same] == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.bits = 8
+    assert hash(quant.ternary(clip=[-1, 2])) == hash(quant.ternary(clip=(-1.0, 2.0)))
 
 
 def test_at_resolves_symbolic_axes():
@@ -92,6 +98,8 @@ def test_names_for_people():
         == "4-bit asymmetric, 6 groups on axis -1, permuted, static"
     )
     assert str(quant.ternary(quant.per_channel())) == "ternary, per channel"
+    assert str(quant.ternary(clip=(-2.5, 2.5))) == "ternary, per tensor, clip -2.5..2.5"
+    assert str(quant.loss_aware(4)) == "4-bit loss_aware, per tensor"
     assert str(quant.symmetric(8, Granularity(1))) == "8-bit symmetric, per index of axis 1, static"
     assert [str(g) for g in (quant.per_tensor(), quant.per_embedding(), quant.per_position(), quant.per_token())] == [
         "per tensor", "per embedding", "per position", "per token"

@@ -39,6 +39,13 @@ def test_clip_is_inclusive_at_both_edges():
     np.testing.assert_array_equal(pull(jnp.ones(5))[0], [0, 1, 1, 1, 0])
 
 
+def test_clip_inside_is_exclusive_at_both_edges():
+    x = jnp.array([-3.0, -2.5, -2.4, 0.0, 1.9, 2.0, 4.0, jnp.nan])
+    y, back = jax.vjp(lambda x: ste.clip_inside(x, -2.5, 2.0), x)
+    np.testing.assert_array_equal(y, [-2.5, -2.5, x[2], 0, x[4], 2, 2, np.nan])
+    np.testing.assert_array_equal(back(jnp.full(8, 3.0))[0], [0, 0, 3, 3, 3, 0, 0, 0])
+
+
 def test_identity_sends_everything_to_its_first_argument():
     x, q, g = jnp.array([1.0, 2.0]), jnp.array([5.0, 6.0]), jnp.array([3.0, 4.0])
     y, pull = jax.vjp(ste.identity_ste, x, q)

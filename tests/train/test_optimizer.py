@@ -69,3 +69,73 @@ def test_a_long_gradient_is_clipped():
 def test_rate_factors_that_are_no_pairs(factors):
     with pytest.raises(UserError, match="rate_factors"):
         OptimizerConfig(rate_factors=factors)
+
+
+# --- Schedules with cycles, and BertAdam ---
+
+
+def test_schedules_with_cycles():
+    def rates(taken, **fields):
+        return learning_rate(OptimizerConfig(**fields), 100)(jnp.asarray(taken))
+
+    cosine = rates([0, 50, 100, 150], warmup=0.0, schedule="cosine")
+    np.testing.assert_allclose(cosine, [1, 0.5, 0, 0], atol=1e-6)  # past the end it stays
+    published = rates([0, 50, 100, 150], warmup=0.0, schedule="cosine", name="bert_adam")
+    np.testing.assert_allclose(published, [1, 0.5, 0, 0.5], atol=1e-6)
+    hard = rates([5, 10, 40, 69], warmup=0.1, schedule="hard_restarts", cycles=3.0)
+    np.testing.assert_allclose(hard, [0.5, 1, 1, 0.5 * (1 + np.cos(np.pi * 29 / 30))], atol=1e-5)
+    warm = rates([0, 5, 10, 50, 60], warmup=0.1, schedule="warm_restarts", cycles=2.0)
+    np.testing.assert_allclose(warm, [0, 0.5, 1, 0, 1], atol=1e-6)
+    for fields in ({"cycles": 3.0}, {"schedule": "hard_restarts"}, {"schedule": "cosine", "cycles": 0.0}):
+        with pytest.raises(UserError, match="cycles"):
+            OptimizerConfig(**fields)
+
+
+def published_adam(config, gradients, value, decay, steps):
+    """One array in float64; None is no gradient."""
+    mu = nu = np.zeros_like(value)
+    count = 0
+    for gradient in gradients:
+        if gradient is None:
+            continue
+        gradient = gradient * min(1, 1 / (np.linalg.norm(gradient) + 1e-6))
+        mu, nu = 0.9 * mu + 0.1 * gradient, 0.999 * nu + 0.001 * gradient**2
+        share = count / steps
+        rate = share / config.warmup if share < config.warmup else (share - 1) / (config.warmup - 1)
+        value = value - config.learning_rate * rate * (mu / (np.sqrt(nu) + config.eps) + decay * value)
+        count += 1
+    return value
+
+
+def test_bert_adam_against_numpy_in_float64():
+    config = OptimizerConfig(0.1, name="bert_adam", eps=1e-6, warmup=0.15)
+    rng, steps = np.random.default_rng(0), 10
+    names = {"params/x/kernel": 0.01, "params/x/bias": 0.0, "params/late/kernel": 0.01}
+    gradients = {name: list(rng.standard_normal((steps, 3)) * 3) for name in names}
+    for step in (0, 1, 5):
+        gradients["params/late/kernel"][step] = None
+    start = {name: rng.standard_normal(3) for name in names}
+    with jax.enable_x64(True):
+        optimizer = make_optimizer(config, steps)
+        trained = {name: jnp.asarray(value) for name, value in start.items()}
+        state, update = optimizer.init(trained), jax.jit(optimizer.update)
+        for step in range(steps):
+            given = {name: jnp.zeros(3) if g[step] is None else jnp.asarray(g[step]) for name, g in gradients.items()}
+            before = trained
+            updates, state = update(given, state, trained)
+            trained = {name: value + updates[name] for name, value in trained.items()}
+            if step in (1, 5):
+                np.testing.assert_array_equal(trained["params/late/kernel"], before["params/late/kernel"])
+        for name, decay in names.items():
+            want = published_adam(config, gradients[name], start[name], decay, steps)
+            np.testing.assert_allclose(trained[name], want, rtol=1e-12)
+    assert {name: int(count) for name, count in state.counts.items()} == dict.fromkeys(names, 10) | {
+        "params/late/kernel": 7
+    }
+
+
+def test_a_nan_gradient_is_no_missing_one():
+    optimizer = make_optimizer(OptimizerConfig(name="bert_adam", warmup=0.0), 4)
+    trained = {"params/bias": jnp.zeros(2)}
+    updates, state = optimizer.update({"params/bias": jnp.array([jnp.nan, 0.0])}, optimizer.init(trained), trained)
+    assert np.isnan(updates["params/bias"]).all() and int(state.counts["params/bias"]) == 1
