@@ -1,8 +1,10 @@
 """The catalogue of bad input: each gives one clear line that names the thing and the remedy, before training starts."""
 
+import dataclasses
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +25,11 @@ from qtx.experiments.config import analysis, base, changed, policy_from, quantiz
 from qtx.experiments.plan import parse_axis, parse_range, parse_seeds
 from qtx.experiments.sweep import sweep
 from qtx.methods.calibrate import calibrate
-from qtx.nn import policy
+from qtx.methods.distillation import Teacher, distillation_phase
+from qtx.methods.teacher_intervention import Interventions, check_interventions, intervention_phase, two_steps
+from qtx.nn import BertClassifier, policy
+from qtx.train.phase import Phase
+from tests.nn import tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -663,3 +669,69 @@ def test_a_model_and_a_task_of_different_kinds(tiny_config, translation_config, 
     assert "needs a model that classifies" in train(tiny_config, tmp_path)
     translation_config.model.name = checkpoint
     assert "is no encoder-decoder" in train(translation_config, tmp_path)
+
+
+# Teacher and student
+
+
+def student(**changes):
+    """A phase of a tiny model, and a teacher that differs from it by these sizes."""
+    model, other = (BertClassifier(dataclasses.replace(tiny.CONFIG, **fields)) for fields in ({}, changes))
+    return Phase("distil", model, steps=10), Teacher(other, {})
+
+
+@pytest.mark.parametrize(
+    ("losses", "changes", "options", "named"),
+    [
+        ({"scores": 1.0}, {"num_heads": 3}, {}, "'scores'.*heads 2 of the student, 3 of the teacher"),
+        ({"maps": 1.0}, {"num_heads": 3}, {}, "'maps'.*heads 2 of the student, 3 of the teacher"),
+        ({"context": 1.0}, {"hidden_size": 16}, {}, r"'context'.*\(1, 4, 12\) of the student, \(1, 4, 16\)"),
+        ({"hidden_states": 1.0}, {"hidden_size": 16}, {}, r"hidden state 0.*12\) of the student.*16\) of the teacher"),
+        ({"value_relations": 1.0}, {"num_heads": 3}, {}, "student has 2 heads and the teacher 3; set relation_heads"),
+        ({"value_relations": 1.0}, {"hidden_size": 16}, {"relation_heads": 3}, "3 relation heads.*12 of.*16 of"),
+        ({"logits": 1.0}, {"num_labels": 2}, {}, "the student has 3 labels and the teacher 2"),
+        ({"logits": 1.0}, {"num_layers": 4}, {}, "2 layers and the teacher 4; choose 'every'"),
+        ({"logits": 1.0}, {"num_layers": 5}, {"layers": "every"}, "2 layers and the teacher 5, which is no multiple"),
+        ({"logits": 1.0}, {"num_layers": 1}, {"layers": "first"}, "2 layers and the teacher 1"),
+        ({"logits": 1.0}, {}, {"layers": "evry"}, "'every'"),
+        ({"logits": 1.0}, {}, {"layers": [(0, 2)]}, r"\(0, 2\).*2 layers and the teacher 2"),
+        ({"logits": 1.0}, {}, {"layers": []}, "no pairs"),
+        ({"score": 1.0}, {}, {}, "'scores'"),
+        ({"scores": -1.0}, {}, {}, "negative"),
+        ({"scores": 0.0}, {}, {}, "no distillation loss"),
+        ({"logits": 1.0}, {}, {"temperature": 0.0}, "temperature 0.0"),
+        ({"logits": 1.0}, {}, {"padding": "publishd"}, "'published'"),
+    ],
+)
+def test_distillation(losses, changes, options, named):
+    assert re.search(named, message(distillation_phase, *student(**changes), losses, **options))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "changes", "named"),
+    [
+        ("gradul", {}, "'gradual'"),
+        ("map+outputs", {}, "'output'"),
+        (
+            "map",
+            {"num_heads": 3},
+            r"'map': .* of the student has the shape \(1, 2, 4, 4\), .* of the teacher \(1, 3, 4, 4\)",
+        ),
+        ("context", {"hidden_size": 16}, r"'context': .*\(1, 4, 12\), .*\(1, 4, 16\)"),
+    ],
+)
+def test_intervention(schedule, changes, named):
+    assert re.search(named, message(intervention_phase, *student(**changes), schedule, {"logits": 1.0}))
+
+
+def test_an_intervention_on_a_site_that_does_not_exist():
+    interventions = Interventions.named("map", ((0, 2),))
+    model = BertClassifier(tiny.CONFIG)
+    text = message(check_interventions, interventions, model, model)
+    assert "'map' needs the site 'encoder/layer_2/attention/probs', which the teacher (BertClassifier)" in text
+
+
+@pytest.mark.parametrize("first", [0, 10, 60])
+def test_a_first_step_that_is_longer_than_the_run(first):
+    text = message(two_steps, *student(), "gradual", first=first, steps=10)
+    assert f"'distil': a first step of {first} steps does not fit into a run of 10" in text

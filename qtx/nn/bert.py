@@ -8,12 +8,13 @@ letters of Bondarenko et al. 2021 (13 L + 5 activations, 8 L + 6 weights):
     encoder/layer_i/attention/{query,key,value}/{kernel,output}
     encoder/layer_i/attention/scores (s)       before 1/sqrt(D/H) and before the mask
     encoder/layer_i/attention/probs (p), context (c), out/{kernel,output} (g), residual (u), norm/{scale,output} (x)
+    encoder/layer_i/attention/probs_dropped    an input: probabilities behind their dropout, as they enter the product
     encoder/layer_i/ffn/up/{kernel,output}     after GELU
     encoder/layer_i/ffn/down/{kernel,output} (h), residual (y), norm/{scale,output} (z)
     pooler/dense/{kernel,output} (P)           after tanh
     classifier/{kernel,output} (C)
 
-Linear layers have an `input` site as well, for methods that quantize what enters a product.
+Linear layers have an `input` site as well, for methods that quantize what enters a product, or cut its gradient.
 
 Other families of post-LN encoders (`qtx.nn.roberta` and so on) are these parts with one or two of them replaced.
 """
@@ -89,7 +90,7 @@ class Outputs(NamedTuple):
     """What a classifier returns; what is not used is never computed under `jit`.
 
     Attributes:
-      logits: `[B, C]` float32.
+      logits: `[B, C]`, at least float32.
       pooled: `[B, D]`.
       hidden_states: `L + 1` times `[B, T, D]`: the embeddings and every layer (`[B, 1, D]` for the last one where nothing
         but the first token is needed of it).
@@ -174,7 +175,7 @@ class Embeddings(Block):
 
 
 def attend(block: Block, query, key, value, mask: jax.Array, where: jax.Array, deterministic: bool) -> jax.Array:
-    """Multi-head attention, whose sites `scores`, `probs` and `context` are in the module `block`.
+    """Multi-head attention, whose sites `scores`, `probs`, `probs_dropped` and `context` are in the module `block`.
 
     Args:
       block: the module.
@@ -195,9 +196,11 @@ def attend(block: Block, query, key, value, mask: jax.Array, where: jax.Array, d
     pairs = mask & where[:, None]
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
     scores = site(block, "scores", scores, where=pairs, features=False)
-    probs = nn.softmax(block.masked(scores.astype(jnp.float32) / block.score_divisor(width), mask)).astype(block.dtype)
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    probs = nn.softmax(block.masked(scores / block.score_divisor(width), mask)).astype(block.dtype)
     probs = site(block, "probs", probs, where=pairs, features=False)
     probs = block.dropout(probs, deterministic, c.attention_dropout)
+    probs = site(block, "probs_dropped", probs, kind="input", where=pairs, features=False)
     context = jnp.einsum("bhqk,bkhd->bqhd", probs, value).reshape(shape)
     return site(block, "context", context, where=where)
 
@@ -299,7 +302,7 @@ class BertClassifier(Block):
         """
         states = self.part(self.encoder_type, "encoder")(input_ids, attention_mask, token_type_ids, deterministic)
         logits, pooled = self.head(states[-1], attention_mask > 0, deterministic)
-        logits = logits.astype(jnp.float32)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if self.config.logit_range is not None:
             logits = clip_ste(logits, *self.config.logit_range)
         return Outputs(logits, pooled, states)

@@ -26,11 +26,31 @@ from qtx.train.evaluation import Evaluation
 from qtx.train.optimizer import OptimizerConfig
 
 Batch = Mapping[str, Any]  # named arrays, see qtx.data.batching
-Forward = Callable[..., tuple[Any, dict[str, Any]]]
-Objective = Callable[[Forward, Batch, Any], tuple[jax.Array, jax.Array]]
+Objective = Callable[["Forward", Batch, Any], tuple[jax.Array, jax.Array]]
 Schedule = Literal["none", "epoch", "step"]
 
-_ROUNDING = 1  # what makes the key of rounding another than that of dropout
+_ROUNDING, _CHOICES = 1, 2  # what makes the keys of rounding and of an objective's choices others than that of dropout
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """The model within a train step, as its objective sees it: `outputs, captures = forward(batch)`.
+
+    Attributes:
+      run: `(batch, capture=False, **collections) -> (outputs, captures)`: applies the model, with dropout and further
+        variable collections; `captures` is empty without `capture`, see `qtx.nn.sites`.
+      taken: int32 scalar, steps of the phase before this one.
+      length: of the phase, in steps; 0 where it is not known.
+      key: for random choices of the objective that hold for the whole step, also where a batch is worked off in parts.
+    """
+
+    run: Callable[..., tuple[Any, dict[str, Any]]]
+    taken: Any = 0
+    length: int = 0
+    key: jax.Array | None = None
+
+    def __call__(self, batch: Batch, capture: bool = False, **collections: Any) -> tuple[Any, dict[str, Any]]:
+        return self.run(batch, capture, **collections)
 
 
 def inputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -38,14 +58,17 @@ def inputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(batch[name] for name in model.inputs)  # type: ignore[attr-defined]
 
 
-def task_loss(forward: Forward, batch: Batch, constants: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy, or squared error for one output; returns the sums of weighted losses and of weights."""
-    del constants
-    logits = forward(batch)[0].logits
+def label_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns `[B]`: cross-entropy of `[B, C]` logits with int labels `[B]`, or squared error for one output."""
     if logits.shape[-1] == 1:
-        losses = jnp.square(logits[:, 0] - batch["labels"])
-    else:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+        return jnp.square(logits[:, 0] - labels)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def task_loss(forward: Forward, batch: Batch, constants: Any = None) -> tuple[jax.Array, jax.Array]:
+    """The objective of plain training; returns the sums of weighted losses and of weights."""
+    del constants
+    losses = label_losses(forward(batch)[0].logits, batch["labels"])
     return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
 
 
@@ -59,8 +82,7 @@ class Phase:
       optimizer: its settings.
       epochs: how often the data are seen; fractions are fine.
       steps: overrides `epochs` if positive.
-      objective: what is minimised: `(forward, batch, constants) -> (loss sum, weight sum)`; `forward(batch)` runs the
-        model and returns its outputs and what was asked to be captured.
+      objective: what is minimised: `(forward, batch, constants) -> (loss sum, weight sum)`; see `Forward`.
       constants: arrays for the objective, such as a teacher's parameters.
       trainable: patterns over `params/...` names; what matches none is frozen. Learned ranges are always trained.
       prepare: makes the `ranges` collection at the start of the phase from the model and its parameters (calibration);
@@ -214,12 +236,12 @@ def make_step(
       span: where the phase lies in the run; a phase with a schedule needs it.
     """
 
-    def total_loss(trained, state: TrainState, batch: Batch, constants, key):
+    def total_loss(trained, state: TrainState, batch: Batch, constants, key, choices):
         variables = state.replace(trained=trained).variables() | scheduled(phase, span, state.step)
         rngs = {"dropout": key, "rounding": jax.random.fold_in(key, _ROUNDING)}
         updated: dict[str, Any] = {}
 
-        def forward(batch: Batch, capture: bool = False, **collections: Any):
+        def run(batch: Batch, capture: bool = False, **collections: Any):
             mutable = ["captures"] * capture + ["ranges", "observers"] * phase.update_ranges
             given = variables | collections | ({"observers": state.observers} if phase.update_ranges else {})
             outputs, changed = phase.model.apply(
@@ -228,23 +250,25 @@ def make_step(
             updated.update({name: changed[name] for name in ("ranges", "observers") if name in changed})
             return outputs, changed.get("captures", {})
 
-        loss, weight = phase.objective(forward, batch, constants)
+        taken, length = (state.step, 0) if span is None else (state.step - span.start, span.length)
+        loss, weight = phase.objective(Forward(run, taken, length, choices), batch, constants)
         return loss, (weight, updated)
 
-    def gradients(state: TrainState, batch: Batch, constants, key):
-        return jax.value_and_grad(total_loss, has_aux=True)(state.trained, state, batch, constants, key)
+    def gradients(state: TrainState, batch: Batch, constants, key, choices):
+        return jax.value_and_grad(total_loss, has_aux=True)(state.trained, state, batch, constants, key, choices)
 
     def train_step(state: TrainState, batch: Batch, constants: Any):
         # The generator of the hardware: half the compile time of the default, and fast on accelerators.
         key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step)
+        choices = jax.random.fold_in(key, _CHOICES)
         if phase.accumulate == 1:
-            (loss, (weight, updated)), grads = gradients(state, batch, constants, key)
+            (loss, (weight, updated)), grads = gradients(state, batch, constants, key, choices)
         else:
             parts = {k: v.reshape(phase.accumulate, -1, *v.shape[1:]) for k, v in batch.items()}
             keys = jax.random.split(key, phase.accumulate)
 
             def add(total, part):
-                (loss, (weight, _)), grads = gradients(state, part[0], constants, part[1])
+                (loss, (weight, _)), grads = gradients(state, part[0], constants, part[1], choices)
                 return jax.tree.map(jnp.add, total, (loss, weight, grads)), None
 
             zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
