@@ -79,7 +79,7 @@ def fit(
     """
     if not recipe:
         raise UserError("the recipe has no phases; give it at least one")
-    lengths = [phase.steps or math.ceil(phase.epochs * batches.batches_per_epoch) for phase in recipe]
+    lengths = [phase.length(batches.batches_per_epoch) for phase in recipe]
     for phase, length in zip(recipe, lengths, strict=True):
         check_phase(phase, variables["params"])
         if length < 1:
