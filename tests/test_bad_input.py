@@ -202,7 +202,7 @@ RATE = "phases.finetune.optimizer.learning_rate"
         ({"rows": ({"name": "a"}, {"name": "b", "entry": "trian"})}, "'train'"),
         ({"rows": ({"name": "a"}, {"name": "b", "at": ("rte",)})}, "'rte'"),
         ({"seeds": (1, 2), "columns": "task"}, "no axis"),
-        ({"seeds": (1, 2), "rows": ({"name": "a"},), "orderings": (("a", "<", "a"),)}, "'>' or '~'"),
+        ({"seeds": (1, 2), "rows": ({"name": "a"},), "orderings": (("a", "<", "a"),)}, "one of >, ~, >="),
         ({"seeds": (1, 2), "rows": ({"name": "a"},), "orderings": (("a", ">", "b"),)}, "no row 'b'"),
         ({"sampler": "tpee", "ranges": ((RATE, 0.1, 1.0),)}, "'tpe'"),
         ({"sampler": "tpe"}, "needs sweep.ranges"),

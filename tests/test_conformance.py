@@ -16,6 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
+
+from tests.conftest import EMITTERS
 
 GOLDEN = Path(os.environ.get("QTX_GOLDEN_DIR") or Path(__file__).parent / "golden")
 
@@ -82,24 +85,28 @@ CASES = collect()
 
 @pytest.fixture(scope="module", autouse=True)
 def optimized():
-    """Numbers are compared as users get them: with the optimizations that other tests do without."""
+    """Numbers are compared as users get them: with the compiler's settings that other tests do without."""
+    options = compiler.get_compile_options
+
+    def of_users(*args, **kwargs):
+        made = options(*args, **kwargs)
+        if EMITTERS in os.environ.get("XLA_FLAGS", ""):
+            made.env_option_overrides = [*made.env_option_overrides, (EMITTERS, True)]
+        return made
+
     jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", of_users)  # the environment is read once
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def test_there_are_cases():
     assert CASES, f"{GOLDEN} holds no manifests"
 
 
-def parameter(case: Case):
-    """Whole models run in one worker, which shares them with the test of all."""
-    marks = [pytest.mark.xdist_group("models")] if case.section == "bert" else []
-    return pytest.param(case, marks=marks, id=f"{case.project}/{case.id}")
-
-
-@pytest.mark.parametrize("case", [parameter(case) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, id=f"{case.project}/{case.id}") for case in CASES])
 def test_case(case: Case):
     if case.project in PENDING_PROJECTS:
         pytest.xfail(f"{case.project} waits for issue {PENDING_PROJECTS[case.project]}")
@@ -108,7 +115,6 @@ def test_case(case: Case):
     handlers.HANDLERS[case.kind](case)
 
 
-@pytest.mark.xdist_group("models")
 def test_bert_cases_within_the_strict_tolerance():
     cases = [case for case in CASES if case.kind == "bert_forward"]
     if not cases:

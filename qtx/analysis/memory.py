@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from qtx.methods.calibrate import put
-from qtx.models.families import ModelConfig
+from qtx.models.family import ModelConfig
 from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo, list_sites
 from qtx.quant import rows

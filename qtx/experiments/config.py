@@ -20,6 +20,7 @@ from qtx.methods.adaround import AdaRound
 from qtx.methods.agnews_study import input_policy
 from qtx.methods.efficient_quantization import Value, policy_of, with_value
 from qtx.methods.patterns import pattern_policy
+from qtx.methods.teacher_intervention import CLIP, student_policy
 from qtx.nn.aliases import policy as make_policy
 from qtx.quant import (
     Spec,
@@ -96,8 +97,16 @@ def base() -> ConfigDict:
                 "plan": "buckets",  # of batches of pairs; 'published': by cost, in pools
             },
             "translation": translation(),
+            "teacher": {  # of phases with `losses`
+                "name": "",  # a trained checkpoint of the same task; '': the model that is trained, as it begins
+                "layers": "same",  # 'every', 'first', 'last': which of its layers a shallower model learns from
+                "temperature": 1.0,  # of the logits
+                "padding": "ignore",  # 'published': padding counts in squared errors
+                "relation_heads": 0,  # of relations; 0: the model's heads
+            },
             "phases": {
                 "finetune": phase(),
+                "intervene": phase(quantized=True, learning_rate=2e-5),
                 "qat": phase(quantized=True, learning_rate=2e-5),
             },
             "quant": quantization(),
@@ -148,6 +157,12 @@ def phase(quantized: bool = False, learning_rate: float = 5e-5) -> ConfigDict:
             "quantized": quantized,  # with the policy of `quant`
             "ranges": "learned",  # of a quantized phase: 'learned', 'fixed' or 'updated'
             "weight_ranges": placeholder(str),  # of weights alone; None: as `ranges`
+            # What is learned from a teacher: a set such as 'ternarybert' or 'teacher_intervention', or losses with their
+            # weights, such as 'logits=1, scores=0.5' (`qtx.methods.distillation.LOSSES`); '': there is no teacher.
+            "losses": "",
+            # Of the teacher's tensors: 'gradual', 'inverted', 'stochastic', or kinds such as 'map' or 'context+output'.
+            "intervention": "",
+            "including": "",  # an earlier phase whose steps are part of this one's epochs or steps
             "evaluate_every": 0.0,  # epochs between evaluations while training; 0: only after the phase
             "keep_best": False,  # end with the model of the best evaluation (its score on validation), not the last one
             "patience": 0,  # stop after so many evaluations without a better one; 0: never
@@ -174,6 +189,9 @@ def quantization() -> ConfigDict:
             "weight_rounding": "nearest",  # 'stochastic', in training
             "weight_scale": "mean",  # of ternary and binary grids: 'shift' (a power of two) or 'one'; of magnitude: 'norm'
             "weight_gradient": "straight",  # of ternary and binary grids: 'clipped' (within [-1, 1]) or 'decay'
+            # 'corrected' or 'published': which sites are quantized is as in teacher intervention (TernaryBERT), activations
+            # with 8 bits, weights by the fields here, tables row by row; '': the fields here say all.
+            "student": "",
             "pattern": "",  # of layers whose weights are quantized, see `qtx.methods.patterns`; '': all weights
             "weight_estimator": "current_minmax",
             "weight_options": ConfigDict(convert_dict=True),  # fields of the estimator
@@ -330,6 +348,8 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
         return None
     if own and weights is None:
         raise UserError("quant.weight_overrides is given, but quant.weight_bits is 32: give the other weights bits too")
+    if section.student:
+        return _student_policy(section, weights, overrides | own)
     if section.pattern or section.activation_sites == "inputs":
         return _pattern_policy(section, weights, activations, overrides | own)
     if section.activation_sites != "outputs":
@@ -390,6 +410,19 @@ def _activation_spec(section: ConfigDict) -> Spec | None:
         range_gradient=section.range_gradient,
         rounding="truncate" if section.activation_scheme == "shifted" else "nearest",
     )
+
+
+def _student_policy(section: ConfigDict, weights: Spec | None, overrides: dict[str, Value]) -> Policy:
+    """Returns the policy of teacher intervention, with a grid for weights."""
+    if section.student not in ("corrected", "published"):
+        raise UserError(f"quant.student is {section.student!r}; choose from 'corrected', 'published', ''")
+    if overrides or section.pattern:
+        raise UserError("quant.student says which sites are quantized: leave pattern and overrides empty")
+    if weights is None:
+        raise UserError(f"quant.student is {section.student!r}, but quant.weight_bits is 32: give the weights bits")
+    weights = dataclasses.replace(weights, clip=CLIP)
+    table = dataclasses.replace(weights, granularity=per_channel())
+    return student_policy(weights, table, published=section.student == "published")
 
 
 def _pattern_policy(

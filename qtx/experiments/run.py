@@ -23,6 +23,7 @@ from qtx.errors import UserError
 from qtx.experiments.config import evaluation_from, optimizer_from, phases_of, policy_from, rounding_from
 from qtx.experiments.experiment import VALIDATION, Experiment
 from qtx.experiments.setup import setup
+from qtx.experiments.teaching import remaining_steps, with_teacher
 from qtx.export.packed import packable, save_quantized
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound, adaround, layers_to_round
@@ -66,16 +67,13 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
             evaluation=evaluation_from(name, section, evaluate),
         )
         optimizer = optimizer_from(section.optimizer)
-        if not section.quantized:
-            policy = None
-            recipe.append(Phase(name, experiment.model, optimizer, **options))
-            continue
-        policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
-        if policy is None:
-            raise UserError(f"phase {name!r} is quantized, but `quant` keeps everything in full precision")
-        check_policy(policy, experiment.sites())
-        recipe.append(
-            qat_phase(
+        quantized_before = policy is not None
+        if section.quantized:
+            policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
+            if policy is None:
+                raise UserError(f"phase {name!r} is quantized, but `quant` keeps everything in full precision")
+            check_policy(policy, experiment.sites())
+            phase = qat_phase(
                 name,
                 experiment.model,
                 policy,
@@ -86,7 +84,13 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
                 section.weight_ranges,
                 **options,
             )
-        )
+            if quantized_before:  # on with the ranges of the phase before
+                phase = dataclasses.replace(phase, prepare=None)
+        else:
+            policy = None
+            phase = Phase(name, experiment.model, optimizer, **options)
+        phase = with_teacher(phase, section, experiment, any(each.model.policy is None for each in recipe))
+        recipe.append(remaining_steps(phase, section, recipe, experiment))
     sizes = {config.phases[name].batch_size for name in config.recipe}
     if len(sizes) > 1:
         raise UserError(

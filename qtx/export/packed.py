@@ -21,6 +21,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ from qtx.errors import UserError, near_misses
 from qtx.files import whole_file, write_text
 from qtx.methods.calibrate import stored_qparams
 from qtx.models.checkpoints import abstract_params
-from qtx.models.families import Family, ModelConfig, get_family
+from qtx.models.families import get_family
+from qtx.models.family import Family, ModelConfig
 from qtx.nn.sites import SiteInfo, check_policy, list_sites
 from qtx.quant import estimators, grid, rows
 from qtx.quant.pack import pack, pack_trits, unpack, unpack_trits
@@ -47,6 +49,7 @@ VERSION = 1
 WEIGHTS_FILE = "model.qtx.safetensors"
 
 _estimate = jax.jit(estimators.estimate, static_argnums=0)
+_quantize = jax.jit(grid.quantize, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +192,7 @@ def _packed(
         qparams = _estimate(spec, weight)
     if qparams is not None and qparams.group is not None:
         raise UserError(f"weight {name!r}: permuted groups are for activations; use per_group(K) or per_channel()")
-    integers, scale, zero_point = grid.quantize(spec, weight, qparams)
+    integers, scale, zero_point = _quantize(spec, weight, qparams)
     codes, signed = np.asarray(integers), spec.is_codebook or (qparams is not None and bool(qparams.signed))
     signs = "trits" if spec.is_ternary else "signs" if spec.scheme == "binary" else None
     bits = spec.bits if signs or not spec.is_codebook else int(spec.storage_bits)  # a magnitude has a sign besides
@@ -228,11 +231,15 @@ def _decode(entry: Mapping[str, Any], data: np.ndarray) -> np.ndarray:
 
 def _unpacked(name: str, entry: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> jax.Array:
     """Returns the grid values of one weight."""
-    granularity, shape = _granularity(entry["granularity"]), tuple(entry["shape"])
-    scale = jnp.asarray(tensors[f"{name}:scale"])
-    zero_point = jnp.asarray(tensors.get(f"{name}:zero_point", np.float32(0)), jnp.float32)
-    scale, zero_point = (rows.expand(value, granularity, shape) for value in (scale, zero_point))
-    return grid.dequantize(jnp.asarray(_decode(entry, tensors[name])), scale, zero_point)
+    scale = tensors[f"{name}:scale"]
+    zero_point = tensors.get(f"{name}:zero_point", np.float32(0))
+    return _dequantize(_granularity(entry["granularity"]), _decode(entry, tensors[name]), scale, zero_point)
+
+
+@partial(jax.jit, static_argnums=0)
+def _dequantize(granularity: Granularity, codes: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
+    scale, zero_point = (rows.expand(value, granularity, codes.shape) for value in (scale, zero_point))
+    return grid.dequantize(codes, scale, zero_point.astype(jnp.float32))
 
 
 # --- The file ---

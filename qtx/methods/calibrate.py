@@ -31,6 +31,7 @@ from qtx.quant.spec import Spec
 Args = tuple[Any, ...]
 
 _estimate = jax.jit(estimators.estimate, static_argnums=0)
+_fake_quant = jax.jit(grid.fake_quant, static_argnums=0)
 
 
 def put(tree: dict[str, Any], name: str, value: Any) -> None:
@@ -283,4 +284,4 @@ def fake_quant_weight(
         if spec.range != "dynamic":
             raise UserError(f"weight {name!r} has no range; calibrate with the same policy first")
         params = _estimate(spec, weight)
-    return grid.fake_quant(spec, weight, params, noise)
+    return _fake_quant(spec, weight, params, noise)

@@ -1,7 +1,8 @@
 """Model families and their checkpoints."""
 
 from qtx.models.checkpoints import ARCHITECTURES, Pretrained, architecture, create, load, locate, read_config, save
-from qtx.models.families import FAMILIES, Family, ModelConfig, get_family
+from qtx.models.families import FAMILIES, get_family
+from qtx.models.family import Family, ModelConfig
 
 __all__ = [
     "ARCHITECTURES",

@@ -7,7 +7,8 @@ from typing import Any
 
 from qtx.errors import UserError
 from qtx.models import bert
-from qtx.nn.albert import AlbertConfig
+from qtx.models.family import Family
+from qtx.nn.albert import AlbertClassifier, AlbertConfig
 
 _LAYER = "albert.encoder.albert_layer_groups.{i}.albert_layers.0."  # `{i}` is the number of a group
 MODULES = {
@@ -63,3 +64,16 @@ def config_from_hf(hf: Mapping[str, Any]) -> AlbertConfig:
 def config_to_hf(config: AlbertConfig) -> dict[str, Any]:
     """Returns the content of a `config.json` that `transformers` reads."""
     return bert.write_fields(config, FIELDS) | {"inner_group_num": 1}
+
+
+FAMILY = Family(
+    name="albert",
+    architecture="AlbertForSequenceClassification",
+    module=AlbertClassifier,
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    modules=modules,
+    prefix="albert.",
+    fresh=("pooler/dense", "classifier"),
+    ignored=("predictions.", "sop_classifier.", "albert.embeddings.position_ids"),
+)

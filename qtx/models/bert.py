@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from qtx.errors import UserError, near_misses
-from qtx.nn.bert import ACTIVATIONS, BertConfig
+from qtx.models.family import Family
+from qtx.nn.bert import ACTIVATIONS, BertClassifier, BertConfig
 
 MODULES = {  # `{i}` is the number of a layer
     "bert.embeddings.word_embeddings": "encoder/embeddings/word",
@@ -115,3 +116,16 @@ def write_fields(config: BertConfig, fields: Mapping[str, str]) -> dict[str, Any
     own = [field.name for field in dataclasses.fields(config) if field.name not in named]
     hf["qtx"] = {name: getattr(config, name) for name in own}
     return hf
+
+
+FAMILY = Family(
+    name="bert",
+    architecture="BertForSequenceClassification",
+    module=BertClassifier,
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    modules=modules,
+    prefix="bert.",
+    fresh=("pooler/dense", "classifier"),
+    ignored=("cls.", "bert.embeddings.position_ids"),
+)

@@ -21,7 +21,8 @@ from flax import traverse_util
 from qtx.errors import UserError, near_misses
 from qtx.files import whole_file, write_text
 from qtx.models import text_classifier
-from qtx.models.families import Family, ModelConfig, get_family
+from qtx.models.families import get_family
+from qtx.models.family import Family, ModelConfig
 from qtx.nn.bert import BertConfig
 from qtx.nn.text_classifier import TextClassifierConfig
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtx.models import bert
-from qtx.nn.distilbert import DistilBertConfig
+from qtx.models.family import Family
+from qtx.nn.distilbert import DistilBertClassifier, DistilBertConfig
 
 MODULES = {  # `{i}` is the number of a layer
     "distilbert.embeddings.word_embeddings": "encoder/embeddings/word",
@@ -53,3 +54,16 @@ def config_from_hf(hf: Mapping[str, Any]) -> DistilBertConfig:
 def config_to_hf(config: DistilBertConfig) -> dict[str, Any]:
     """Returns the content of a `config.json` that `transformers` reads."""
     return bert.write_fields(config, FIELDS)
+
+
+FAMILY = Family(
+    name="distilbert",
+    architecture="DistilBertForSequenceClassification",
+    module=DistilBertClassifier,
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    modules=modules,
+    prefix="distilbert.",
+    fresh=("pooler/dense", "classifier"),
+    ignored=("vocab_", "distilbert.embeddings.position_ids"),
+)

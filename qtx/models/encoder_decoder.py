@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtx.models.bert import per_layer
-from qtx.nn.encoder_decoder import EncoderDecoderConfig
+from qtx.models.family import Family
+from qtx.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
 
 def _attention(theirs: str, ours: str) -> dict[str, str]:
@@ -56,3 +57,16 @@ def config_from_hf(hf: Mapping[str, Any]) -> EncoderDecoderConfig:
 def config_to_hf(config: EncoderDecoderConfig) -> dict[str, Any]:
     """Inverts `config_from_hf`."""
     return dataclasses.asdict(config)
+
+
+FAMILY = Family(
+    name="qtx_encoder_decoder",
+    architecture="EncoderDecoder",
+    module=EncoderDecoder,
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    modules=modules,
+    prefix="",
+    fresh=(),
+    ignored=("src_pos_embedding.", "trg_pos_embedding."),
+)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtx.models import bert
-from qtx.nn.mobilebert import MobileBertConfig
+from qtx.models.family import Family
+from qtx.nn.mobilebert import MobileBertClassifier, MobileBertConfig
 
 MODULES = {  # `{i}` is the number of a layer, `{j}` of one of its stacked FFNs
     "mobilebert.embeddings.word_embeddings": "encoder/embeddings/word",
@@ -48,3 +49,16 @@ def modules(config: MobileBertConfig) -> dict[str, str]:
 def config_from_hf(hf: Mapping[str, Any]) -> MobileBertConfig:
     """Reads the keys of a Hugging Face `config.json`; raises a `UserError` as for BERT and on what the sizes forbid."""
     return bert.config_from_hf(hf, MobileBertConfig)
+
+
+FAMILY = Family(
+    name="mobilebert",
+    architecture="MobileBertForSequenceClassification",
+    module=MobileBertClassifier,
+    config_from_hf=config_from_hf,
+    config_to_hf=bert.config_to_hf,
+    modules=modules,
+    prefix="mobilebert.",
+    fresh=("pooler/dense", "classifier"),
+    ignored=("cls.", "mobilebert.embeddings.position_ids"),
+)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtx.models import bert
-from qtx.nn.roberta import RobertaConfig
+from qtx.models.family import Family
+from qtx.nn.roberta import RobertaClassifier, RobertaConfig
 
 MODULES = {
     theirs.replace("bert.", "roberta.", 1): ours for theirs, ours in bert.MODULES.items() if ours.startswith("encoder/")
@@ -30,3 +31,16 @@ def config_from_hf(hf: Mapping[str, Any]) -> RobertaConfig:
 def config_to_hf(config: RobertaConfig) -> dict[str, Any]:
     """Returns the content of a `config.json` that `transformers` reads."""
     return bert.write_fields(config, bert.FIELDS) | {"max_position_embeddings": config.position_rows}
+
+
+FAMILY = Family(
+    name="roberta",
+    architecture="RobertaForSequenceClassification",
+    module=RobertaClassifier,
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    modules=modules,
+    prefix="roberta.",
+    fresh=("pooler/dense", "classifier"),
+    ignored=("lm_head.", "roberta.pooler.", "roberta.embeddings.position_ids"),
+)

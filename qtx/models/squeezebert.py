@@ -9,7 +9,8 @@ import numpy as np
 
 from qtx.errors import UserError
 from qtx.models import bert
-from qtx.nn.squeezebert import SqueezeBertConfig
+from qtx.models.family import Family
+from qtx.nn.squeezebert import SqueezeBertClassifier, SqueezeBertConfig
 
 MODULES = {  # `{i}` is the number of a layer
     "transformer.embeddings.word_embeddings": "encoder/embeddings/word",
@@ -66,3 +67,18 @@ def kernel_from_hf(weight: np.ndarray) -> np.ndarray:
 def kernel_to_hf(path: str, kernel: np.ndarray) -> np.ndarray:
     """Inverts `kernel_from_hf`: the layers hold convolutions, the head holds linear layers."""
     return kernel.T[:, :, None] if path.startswith("encoder/") else kernel.T
+
+
+FAMILY = Family(
+    name="squeezebert",
+    architecture="SqueezeBertForSequenceClassification",
+    module=SqueezeBertClassifier,
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    modules=modules,
+    prefix="transformer.",
+    fresh=("pooler/dense", "classifier"),
+    ignored=("cls.", "transformer.embeddings.position_ids"),
+    kernel_from_hf=kernel_from_hf,
+    kernel_to_hf=kernel_to_hf,
+)

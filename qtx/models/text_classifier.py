@@ -7,8 +7,9 @@ from typing import Any
 
 from qtx.errors import UserError
 from qtx.models import bert
+from qtx.models.family import Family
 from qtx.nn.bert import BertConfig
-from qtx.nn.text_classifier import TextClassifierConfig
+from qtx.nn.text_classifier import TextClassifier, TextClassifierConfig
 
 MODULES = {  # `{i}` is the number of a layer
     "input_embeddings.token_embedding": "encoder/embeddings/word",
@@ -71,3 +72,16 @@ def check_start(name: str, theirs: BertConfig, config: BertConfig) -> None:
             raise UserError(
                 f"{name} has {there} {what}, the model that is to start from it has {here}: give it {there}"
             )
+
+
+FAMILY = Family(
+    name="qtx_text_classifier",
+    architecture="TextClassifier",
+    module=TextClassifier,
+    config_from_hf=config_from_hf,
+    config_to_hf=bert.config_to_hf,
+    modules=modules,
+    prefix="",
+    fresh=("classifier",),
+    ignored=("input_encodings.pe",),
+)

@@ -254,6 +254,8 @@ def start(spec: Spec, x: jax.Array, weight: jax.Array | None) -> SearchState:
     return SearchState(least, greatest, least, greatest, jnp.zeros((x.shape[0], columns), jnp.float32))
 
 
+# Sites of one shape share what is traced and lowered.
+@partial(jax.jit, static_argnums=0)
 def search(spec: Spec, state: SearchState, x: jax.Array, weight: jax.Array | None) -> SearchState:
     """Takes one more batch into account; arguments as in `start`. NaN or infinity in a row makes its range NaN."""
     assert isinstance(spec.estimator, Search)

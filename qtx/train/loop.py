@@ -79,7 +79,7 @@ def fit(
     """
     if not recipe:
         raise UserError("the recipe has no phases; give it at least one")
-    lengths = [phase.steps or math.ceil(phase.epochs * batches.batches_per_epoch) for phase in recipe]
+    lengths = [phase.length(batches.batches_per_epoch) for phase in recipe]
     for phase, length in zip(recipe, lengths, strict=True):
         check_phase(phase, variables["params"])
         if length < 1:
@@ -157,8 +157,12 @@ def replicate_missing(state: TrainState, mesh: Mesh) -> TrainState:
 def _observers(phase: Phase, span: Span, state: TrainState, example: Batch) -> dict[str, Any]:
     """Estimators start from the calibrated ranges' own data: one observation of the first batch."""
     variables = state.variables() | scheduled(phase, span, span.start)
-    _, changed = phase.model.apply(variables, *inputs(phase.model, example), mutable=["ranges", "observers"])
-    return changed.get("observers", {})
+
+    @jax.jit
+    def observe(variables: Mapping[str, Any], args: tuple[Any, ...]) -> Any:
+        return phase.model.apply(variables, *args, mutable=["ranges", "observers"])[1].get("observers", {})
+
+    return observe(variables, inputs(phase.model, example))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -150,13 +150,15 @@ def bert_adam(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
     schedule = learning_rate(config, steps)
 
     def init(trained):
-        zeros = {name: jnp.zeros_like(value) for name, value in trained.items()}
-        return BertAdamState({name: jnp.int32(0) for name in trained}, zeros, dict(zeros))
+        # Arrays of their own: a train step that donates its state cannot donate one of them twice.
+        mu, nu = ({name: jnp.zeros_like(value) for name, value in trained.items()} for _ in range(2))
+        return BertAdamState({name: jnp.zeros((), jnp.int32) for name in trained}, mu, nu)
 
     def updated(name, gradient, value, count, mu, nu):
-        reached = jnp.any(gradient != 0)
+        square = jnp.sum(jnp.square(gradient))
+        reached = square != 0  # NaN is reached; a test of every element would double the time of an update on CPU
         if config.max_grad_norm > 0:
-            norm = jnp.sqrt(jnp.sum(jnp.square(gradient)))
+            norm = jnp.sqrt(square)
             gradient = gradient * jnp.minimum(1, config.max_grad_norm / (norm + 1e-6))
         new_mu = config.b1 * mu + (1 - config.b1) * gradient
         new_nu = config.b2 * nu + (1 - config.b2) * jnp.square(gradient)

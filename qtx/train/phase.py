@@ -116,6 +116,10 @@ class Phase:
             hint = near_misses(self.schedule, get_args(Schedule))
             raise UserError(f"phase {self.name!r}: unknown schedule {self.schedule!r}{hint}")
 
+    def length(self, batches_per_epoch: int) -> int:
+        """Returns the number of steps."""
+        return self.steps or math.ceil(self.epochs * batches_per_epoch)
+
 
 @dataclasses.dataclass(frozen=True)
 class Span:

@@ -16,7 +16,7 @@ from qtx.nn.layers import Dense, Embed
 from qtx.quant.spec import Granularity, Spec
 from qtx.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
-SCHEMES = {"TwnQuantizer": "ternary", "SymQuantizer": "narrow", "AsymQuantizer": "offset"}
+SCHEMES = {"TwnQuantizer": "ternary", "TwnQuantizer_mx": "twn", "SymQuantizer": "narrow", "AsymQuantizer": "offset"}
 SCHEDULES = {
     "warmup_linear": "linear",
     "warmup_cosine": "cosine",

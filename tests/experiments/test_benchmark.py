@@ -110,15 +110,7 @@ def test_an_unknown_row_is_named():
         benchmark.run(_smoke(), only=["train-fixd"])
 
 
-@pytest.fixture
-def quick_compiler():
-    """Compiles without the optimizations: these tests look at the rows, not at their times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def test_smoke_measures_every_row(tmp_path, capsys, quick_compiler):
+def test_smoke_measures_every_row(tmp_path, capsys):
     config = _smoke()
     table = benchmark.run(config, tmp_path)
     printed = capsys.readouterr().out

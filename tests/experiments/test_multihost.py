@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
+from tests.conftest import FEWER_SITES
+
 ROOT = Path(__file__).parents[2]
 # Not the key's bias: its gradient is rounding alone, which Adam scales up and a quantized key then shows.
 TRAINABLE = "('**/kernel', '**/table', '**/norm/*', '**/query/bias', '**/value/bias', '**/out/bias', '**/ffn/*/bias')"
@@ -30,6 +32,7 @@ def command(config, workdir, *more):
         "calibration.batches": 1,
         "checkpoint_every": 2,
         "log_every": 1,
+        "quant.overrides": FEWER_SITES,
     }
     for phase in ("finetune", "qat"):
         fields |= {f"phases.{phase}.batch_size": 8, f"phases.{phase}.steps": 3, f"phases.{phase}.trainable": TRAINABLE}

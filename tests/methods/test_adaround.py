@@ -10,8 +10,9 @@ from flax import traverse_util
 from qtx import quant
 from qtx.errors import UserError
 from qtx.methods import adaround as module
-from qtx.methods.adaround import AdaRound, adaround, make_stages, search_scale, temperature, trace
+from qtx.methods.adaround import AdaRound, adaround, search_scale, temperature
 from qtx.methods.calibrate import calibrate, quantized_weights
+from qtx.methods.layer_walk import make_stages, trace
 from qtx.nn import BertClassifier, Dense, list_sites, policy
 from qtx.quant.policy import Policy
 from tests.nn import tiny
@@ -50,18 +51,6 @@ class Grouped(nn.Module):
 @pytest.fixture(scope="module")
 def rounded():
     return adaround(MODEL, PARAMS, BATCHES)
-
-
-def test_stages_follow_the_data():
-    kernels = {name.rpartition("/")[0] for name in flat(PARAMS) if name.endswith("kernel")}
-    calls, blocks = trace(MODEL.clone(policy=None), PARAMS, BATCHES[0], kernels)
-    assert len(blocks) == 2 and blocks[0].rest == blocks[1].rest and blocks[0].module == blocks[1].module
-    stages = make_stages(calls)
-    layer = [["query", "key", "value"], ["out"], ["up"], ["down"]]
-    assert [[c.path.rpartition("/")[2] for c in s.calls] for s in stages] == [*layer, *layer, ["dense"], ["classifier"]]
-    assert [(s.calls[0].block, s.calls[0].inside) for s in stages] == [(1, True)] * 4 + [(2, True)] * 4 + [
-        (2, False)
-    ] * 2
 
 
 def test_every_kernel_is_on_its_grid_beside_its_weight_and_no_worse(rounded):

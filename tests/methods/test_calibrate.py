@@ -316,8 +316,12 @@ def test_quantized_weights_in_the_plain_model_are_the_quantized_model(spec):
     ranges = calibrate(model, PARAMS, BATCHES)
     sites = list_sites(model, {"params": PARAMS}, x)
     on_grid = quantized_weights(rules, sites, PARAMS, ranges)
-    np.testing.assert_array_equal(
-        Small().apply({"params": on_grid}, x), model.apply({"params": PARAMS, "ranges": ranges}, x)
+    # Compiled apart, a mean of magnitudes is summed in another order.
+    np.testing.assert_allclose(
+        Small().apply({"params": on_grid}, x),
+        model.apply({"params": PARAMS, "ranges": ranges}, x),
+        rtol=1e-6,
+        atol=1e-6,
     )
     equal_trees(on_grid["last"], PARAMS["last"])
     np.testing.assert_array_equal(on_grid["first"]["bias"], PARAMS["first"]["bias"])

@@ -90,8 +90,9 @@ def test_rules_are_written_only_for_what_differs():
         return [rule.pattern for rule in policy_of(W, A, *args, num_layers=2, **options).activations]
 
     assert patterns() == ["**"]
-    assert patterns({"y1": 16}) == ["**", "encoder/layer_1/ffn/residual"]
-    assert patterns({"C": 16}, setup="FP_logits") == ["**", "classifier/output", "classifier/out/output"]
+    assert patterns({"y1": 16}) == ["**", "encoder/layer_1/ffn/residual", "decoder/layer_1/ffn/residual"]
+    logits = ["classifier/output", "classifier/out/output", "generator/output"]
+    assert patterns({"C": 16}, setup="FP_logits") == ["**", *logits]
 
 
 def test_weights_or_activations_alone():

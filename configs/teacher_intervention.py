@@ -1,0 +1,120 @@
+"""Ternary transformers by distillation, and teacher intervention (Kim et al. 2023): MiniLM on GLUE.
+
+    python launch/train.py --config=configs/finetune.py:rte --data_dir=DATA --workdir=runs/rte
+    python launch/train.py --config=configs/teacher_intervention.py:gradual --config.model.name=runs/rte/model --data_dir=DATA \
+        --workdir=runs/rte_gradual
+    python launch/sweep.py --config=configs/teacher_intervention.py:glue --data_dir=DATA --workdir=runs/glue
+
+The student begins as its teacher, a model that is trained on the task: weights and word table with three values, 8 bits for
+what enters a product. The argument is a method, or `glue`: all of them on RTE, MRPC, STS-B and CoLA as a sweep over seeds.
+Methods are
+
+    ternary                   ternary training on the labels, without a teacher
+    ternarybert               distillation for as many steps (logits, hidden states, attention scores)
+    output, context, map      60 steps (CoLA: 120) with the teacher's tensor in place, then distillation
+    gradual, inverted, stochastic  the same with one kind after the other, the other way round, or drawn
+    METHOD+quarter            a quarter of the steps
+    published_METHOD          BertAdam; padding counts in ranges and losses
+
+Three epochs at 2e-5, linear decay after a tenth of warm-up, batches of 32 (CoLA: 16). No scores are given here, because
+nothing was run at full length with this file yet. `smoke` trains for seconds.
+"""
+
+from qtx.errors import UserError, near_misses
+from qtx.experiments.config import base, changed, sweeping
+
+INTERVENTIONS = ("output", "context", "map", "gradual", "inverted", "stochastic")
+PUBLISHED = {
+    "quant.student": "published",
+    "teacher.padding": "published",
+    "phases.intervene.optimizer.name": "bert_adam",
+    "phases.qat.optimizer.name": "bert_adam",
+    "phases.intervene.optimizer.eps": 1e-6,
+    "phases.qat.optimizer.eps": 1e-6,
+}
+
+
+def methods() -> dict[str, dict]:
+    """Returns the fields in which each method differs from the others."""
+    found: dict[str, dict] = {
+        "ternary": {"recipe": ("qat",)},
+        "ternarybert": {"recipe": ("qat",), "phases.qat.losses": "ternarybert"},
+    }
+    for name in INTERVENTIONS:
+        found[name] = {
+            "recipe": ("intervene", "qat"),
+            "phases.intervene.intervention": name,
+            "phases.intervene.losses": "teacher_intervention",
+            "phases.qat.losses": "teacher_intervention",
+            "phases.qat.including": "intervene",
+        }
+    return found
+
+
+def method(name: str) -> dict:
+    """Returns the fields of a method with its suffix; raises a `UserError` on one that does not exist."""
+    plain, *extras = name.removeprefix("published_").split("+")
+    known = methods()
+    if plain not in known:
+        raise UserError(f"configs/teacher_intervention.py: unknown method {plain!r}{near_misses(plain, known)}")
+    fields = known[plain] | (PUBLISHED if name.startswith("published_") else {})
+    for extra in extras:
+        if extra != "quarter":
+            raise UserError(f"configs/teacher_intervention.py: {plain} does not go with {extra!r}; choose 'quarter'")
+        fields |= {"phases.qat.epochs": EPOCHS / 4}
+    return fields
+
+
+EPOCHS = 3.0
+# Per task: batch size, tokens, steps of the first phase, epochs of the teacher (few examples take more of them).
+TASKS = {"rte": (32, 128, 60, 5.0), "mrpc": (32, 128, 60, 3.0), "stsb": (32, 128, 60, 3.0), "cola": (16, 64, 120, 3.0)}
+
+
+def task_fields(name: str) -> dict:
+    """Returns the fields of a task."""
+    batch, tokens, first, epochs = TASKS[name]
+    sizes = {f"phases.{phase}.batch_size": batch for phase in ("finetune", "intervene", "qat")}
+    return {
+        "task": name,
+        "data.max_length": tokens,
+        "phases.intervene.steps": first,
+        "phases.finetune.epochs": epochs,
+        **sizes,
+    }
+
+
+def get_config(arg: str = "gradual"):
+    """Returns the configuration of a method, or the sweep over all of them."""
+    config = base()
+    config.task = "rte"
+    config.model.fresh_head = False
+    config.quant.update(student="corrected", weight_scheme="ternary")
+    config.phases.qat.epochs = EPOCHS
+    config.phases.intervene.steps = 60
+    for phase in (config.phases.intervene, config.phases.qat):
+        phase.optimizer.learning_rate = 2e-5
+    if arg == "glue":
+        rows = [dict(name="full precision", changes={"recipe": ("finetune",), "model.fresh_head": True})]
+        names = ("ternary", "ternarybert", *INTERVENTIONS, "gradual+quarter", "ternarybert+quarter")
+        rows += [dict(name=name, changes=method(name), start="full precision") for name in names]
+        config.sweep = sweeping(
+            name="teacher_intervention",
+            grid=(("task", {name: task_fields(name) for name in TASKS}),),
+            rows=tuple(rows),
+            seeds=(1000, 1001, 1002),
+            columns="task",
+            orderings=(
+                ("ternarybert", ">", "ternary"),
+                *((name, ">", "ternarybert") for name in INTERVENTIONS[:4]),
+                ("gradual", ">", "inverted"),
+                ("gradual+quarter", ">=", "ternarybert"),
+            ),
+        )
+        return config
+    if arg == "smoke":
+        config = changed(config, method("gradual"), "smoke")
+        config.data.update(limit_train=64, limit_eval=16, max_length=32)
+        config.phases.intervene.update(steps=3, batch_size=8)
+        config.phases.qat.update(epochs=1.0, batch_size=8)
+        return config
+    return changed(config, method(arg), f"configs/teacher_intervention.py:{arg}")

@@ -1,0 +1,120 @@
+"""Phases with a teacher, from a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qtx import data, models
+from qtx.errors import UserError, near_misses
+from qtx.experiments.classification import Classification
+from qtx.experiments.config import parse_overrides
+from qtx.experiments.experiment import Experiment
+from qtx.methods.distillation import LOSS_SETS, LOSSES, Teacher, distillation_phase
+from qtx.methods.teacher_intervention import intervention_phase
+from qtx.train.phase import Phase
+
+
+def losses_of(text: str, field: str) -> dict[str, float]:
+    """Reads a set of losses by name, or losses with their weights, such as `'logits=1, scores=0.5'`.
+
+    Raises:
+      UserError: on a set or a loss that does not exist, or a weight that is no number.
+    """
+    if text in LOSS_SETS:
+        return dict(LOSS_SETS[text])
+    if "=" not in text:
+        known = (*LOSS_SETS, *(f"{name}=1" for name in LOSSES))
+        raise UserError(f"{field}: unknown set of losses {text!r}{near_misses(text, known)}")
+    found = {}
+    for name, value in parse_overrides(text, field).items():
+        try:
+            found[name] = float(str(value))
+        except ValueError:
+            raise UserError(f"{field}: the weight of {name!r} is {value!r}, which is no number") from None
+    return found
+
+
+def with_teacher(phase: Phase, section: ConfigDict, experiment: Experiment, trained_before: bool) -> Phase:
+    """Returns a phase that learns from the teacher that a configuration names; without `losses` the phase as it is.
+
+    Args:
+      phase: the student's.
+      section: of the phase.
+      experiment: the run that the phase belongs to.
+      trained_before: whether an earlier phase of the run changes the model in full precision.
+
+    Raises:
+      UserError: on anything that does not exist, or does not fit the student.
+    """
+    if not section.losses:
+        if section.intervention:
+            raise UserError(
+                f"phase {phase.name!r}: an intervention {section.intervention!r} needs a teacher; set its `losses`"
+            )
+        return phase
+    if not isinstance(experiment, Classification):
+        raise UserError(f"phase {phase.name!r}: distillation is for tasks with labels, not {experiment.config.task!r}")
+    losses = losses_of(section.losses, f"phases.{phase.name}.losses")
+    c = experiment.config.teacher
+    options: dict[str, Any] = dict(
+        layers=c.layers, temperature=c.temperature, padding=c.padding, relation_heads=c.relation_heads
+    )
+    teacher = _teacher(phase, experiment, trained_before)
+    if section.intervention:
+        return intervention_phase(phase, teacher, section.intervention, losses, **options)
+    return distillation_phase(phase, teacher, losses, **options)
+
+
+def _teacher(phase: Phase, experiment: Classification, trained_before: bool) -> Teacher:
+    name, config = experiment.config.teacher.name, experiment.config
+    if not name:
+        if trained_before or experiment.pretrained.fresh:
+            raise UserError(
+                f"phase {phase.name!r} learns from the model as the run begins, which is not trained then; fine-tune it in a "
+                "run of its own and give that as model.name with model.fresh_head=False, or give teacher.name"
+            )
+        return Teacher(experiment.model, {"params": experiment.pretrained.params})
+    directory = models.locate(name)
+    found = models.load(str(directory), None)
+    if found.fresh:
+        raise UserError(f"teacher.name: {name} has no trained {' and '.join(found.fresh)}; fine-tune it first")
+    labels = getattr(found.config, "num_labels", None)
+    if labels != experiment.task.num_labels:
+        raise UserError(
+            f"teacher.name: {name} has {labels} labels, task {config.task!r} has {experiment.task.num_labels}"
+        )
+    if data.load_tokenizer(directory).get_vocab() != experiment.tokenizer.get_vocab():
+        raise UserError(
+            f"teacher.name: the vocabulary of {name} is not that of {config.model.name}; both must read the same ids"
+        )
+    return Teacher(found.family.module(config=found.config, dtype=experiment.model.dtype), {"params": found.params})
+
+
+def remaining_steps(phase: Phase, section: ConfigDict, before: list[Phase], experiment: Experiment) -> Phase:
+    """Returns a phase without the steps of the earlier one that its length includes (`including`).
+
+    Args:
+      phase: as long as both.
+      section: of the phase.
+      before: earlier phases of the recipe.
+      experiment: the run that they belong to.
+
+    Raises:
+      UserError: there is no such phase before it, or it is not shorter.
+    """
+    if not section.including:
+        return phase
+    earlier = next((each for each in before if each.name == section.including), None)
+    if earlier is None:
+        raise UserError(f"phase {phase.name!r} includes {section.including!r}, which is no earlier phase of the recipe")
+    batches_per_epoch = experiment.batches("train", section.batch_size, shuffle=True, epochs=None).batches_per_epoch
+    first, whole = earlier.length(batches_per_epoch), phase.length(batches_per_epoch)
+    if first >= whole:
+        raise UserError(
+            f"phase {phase.name!r} has {whole} steps with the {first} of {earlier.name!r} included; shorten that one or give "
+            f"{phase.name!r} more epochs"
+        )
+    return dataclasses.replace(phase, steps=whole - first)

@@ -1,0 +1,134 @@
+"""Phases with a teacher by configuration: distillation, interventions, and what does not fit."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from qtx.errors import UserError
+from qtx.experiments.config import changed, policy_from
+from qtx.experiments.run import make_recipe, train_and_evaluate
+from qtx.experiments.setup import setup
+from qtx.experiments.teaching import losses_of
+from qtx.export.packed import load_quantized
+from qtx.methods.distillation import LOSS_SETS, Distillation
+from qtx.methods.teacher_intervention import student_policy
+from tests.conftest import make_tiny_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_checkpoint, tiny_data, tmp_path_factory):
+    """The configuration of runs that start from a trained tiny model, which is their teacher."""
+    workdir = tmp_path_factory.mktemp("teacher")
+    config = make_tiny_config(tiny_checkpoint, tiny_data)
+    config.phases.finetune.steps = 30
+    train_and_evaluate(config, workdir)
+    config.model.name, config.model.fresh_head = str(workdir / "model"), False
+    config.quant.update(student="corrected", weight_scheme="ternary")
+    return config
+
+
+def file_config(argument):
+    spec = importlib.util.spec_from_file_location("intervention", ROOT / "configs" / "teacher_intervention.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument)
+
+
+def with_recipe(config, **changes):
+    fields = {
+        "recipe": ("intervene", "qat"),
+        "phases.intervene.intervention": "gradual",
+        "phases.intervene.losses": "teacher_intervention",
+        "phases.intervene.steps": 2,
+        "phases.qat.losses": "logits=1, hidden_states=0.5",
+        "phases.qat.including": "intervene",
+        "phases.qat.steps": 5,
+    }
+    return changed(config, fields | changes, "test")
+
+
+def test_two_phases_share_the_steps_of_one(teacher, tmp_path):
+    config = with_recipe(teacher)
+    recipe, policy = make_recipe(setup(config))
+    assert [(phase.name, phase.steps) for phase in recipe] == [("intervene", 2), ("qat", 3)]
+    assert policy == student_policy() and recipe[1].prepare is None
+    first, second = (phase.objective for phase in recipe)
+    assert isinstance(first, Distillation) and first.intervene is not None and second.intervene is None
+    assert second.losses == {"logits": 1.0, "hidden_states": 0.5}
+    found = train_and_evaluate(config, tmp_path)
+    assert set(found["metrics"]) == {"intervene", "qat"}
+    assert json.loads((tmp_path / "result_qat.json").read_text())["step"] == 5
+    packed = load_quantized(tmp_path / "quantized")
+    assert packed.original == student_policy()
+    table = np.asarray(packed.params["encoder"]["embeddings"]["word"]["table"])
+    assert all(len(np.unique(np.abs(row[row != 0]))) <= 1 for row in table)  # three values in a row
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"phases.qat.losses": ""}, []),  # the labels alone: fine
+        ({"phases.intervene.losses": ""}, ["'gradual'", "losses"]),
+        ({"phases.intervene.losses": "tinybert"}, ["'tinybert'", "ternarybert"]),
+        ({"phases.qat.losses": "logits=high"}, ["'logits'", "'high'"]),
+        ({"phases.qat.losses": "logit=1"}, ["'logit'", "logits"]),
+        ({"phases.intervene.intervention": "mapp"}, ["'mapp'", "map"]),
+        ({"phases.intervene.steps": 5}, ["'qat' has 5 steps", "'intervene'"]),
+        ({"phases.qat.including": "finetune"}, ["'finetune'", "no earlier phase"]),
+        ({"recipe": ("finetune", "qat"), "phases.qat.including": ""}, ["'qat'", "model.name"]),
+        ({"teacher.layers": "evry"}, ["'evry'", "every"]),
+        ({"teacher.temperature": 0.0}, ["temperature"]),
+        ({"quant.student": "binary"}, ["'binary'", "'corrected'"]),
+        ({"quant.weight_bits": 32, "quant.weight_scheme": "symmetric"}, ["quant.student", "weight_bits"]),
+        ({"quant.pattern": "ALL"}, ["quant.student", "pattern"]),
+    ],
+)
+def test_what_does_not_fit(teacher, changes, named):
+    config = with_recipe(teacher, **changes)
+    if not named:
+        assert not isinstance(make_recipe(setup(config))[0][1].objective, Distillation)
+        return
+    with pytest.raises(UserError) as caught:
+        make_recipe(setup(config))
+    assert all(word in str(caught.value) for word in named), caught.value
+
+
+def test_a_teacher_of_its_own(teacher, tiny_checkpoint, tmp_path):
+    config = with_recipe(teacher, **{"teacher.name": teacher.model.name})
+    assert make_recipe(setup(config))[0][0].constants.keys() == {"params"}
+    headless = Path(shutil.copytree(tiny_checkpoint, tmp_path / "headless"))
+    tensors = safetensors.numpy.load_file(headless / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not name.startswith("classifier")}
+    safetensors.numpy.save_file(kept, headless / "model.safetensors")
+    config.teacher.name = str(headless)
+    with pytest.raises(UserError, match="teacher.name.*fine-tune it first"):
+        make_recipe(setup(config))
+
+
+def test_an_untrained_model_cannot_teach_itself(teacher, tiny_checkpoint):
+    config = with_recipe(teacher, **{"model.name": str(tiny_checkpoint), "model.fresh_head": True})
+    with pytest.raises(UserError, match="'intervene' learns from the model"):
+        make_recipe(setup(config))
+
+
+def test_losses_by_name_and_by_weight():
+    assert losses_of("ternarybert", "x") == LOSS_SETS["ternarybert"]
+    assert losses_of("logits=1, scores=0.25", "x") == {"logits": 1.0, "scores": 0.25}
+
+
+def test_the_config_file():
+    policies = {name: policy_from(file_config(name).quant, 6) for name in ("gradual", "published_map", "ternary")}
+    assert policies["gradual"] == policies["ternary"] == student_policy()
+    assert policies["published_map"] == student_policy(published=True)
+    quarter, whole = file_config("gradual+quarter"), file_config("gradual")
+    assert quarter.phases.qat.epochs == whole.phases.qat.epochs / 4
+    for name, word in (("gradul", "gradual"), ("gradual+half", "quarter")):
+        with pytest.raises(UserError, match=word):
+            file_config(name)
