@@ -11,6 +11,7 @@ import pytest
 from flax import traverse_util
 
 from qtx import policy, quant, symmetric, ternary
+from qtx.data.batching import Batches, Encoded
 from qtx.methods import teacher_intervention as ti
 from qtx.methods.distillation import LOSS_SETS, Distillation, Teacher, distillation_phase
 from qtx.methods.teacher_intervention import (
@@ -24,8 +25,11 @@ from qtx.methods.teacher_intervention import (
 )
 from qtx.nn import BertClassifier, list_sites
 from qtx.nn.sites import check_policy
+from qtx.train.logging import read_metrics
+from qtx.train.loop import Saving, fit
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
 from qtx.train.phase import Phase, Span, make_state, make_step
+from qtx.train.sharding import make_mesh
 from tests.methods.test_distillation import batch_of, forward_of, other_params
 from tests.nn import tiny
 
@@ -360,6 +364,36 @@ def test_the_two_steps():
     assert first.objective.losses == second.objective.losses == SCRIPT
     baseline = distillation_phase(phase_of(steps=10), teacher, LOSS_SETS["ternarybert"])
     assert baseline.steps == first.steps + second.steps
+
+
+def test_a_run_of_both_steps(tmp_path):
+    """The first step leaves the value and output projections alone; every loss is logged."""
+    model, params = BertClassifier(tiny.ONE_LAYER, policy=POLICY), tiny.params(tiny.ONE_LAYER)
+    teacher = Teacher(BertClassifier(tiny.ONE_LAYER), {"params": params})
+    rows, length = 8, 5
+    ids = np.random.default_rng(0).integers(1, 50, rows * length).astype(np.int32)
+    encoded = Encoded(ids, np.zeros_like(ids), length * np.arange(rows + 1), np.arange(rows) % 3)
+    batches = Batches(encoded, 4, (6,), shuffle=True, epochs=None)
+    recipe = two_steps(phase_of(model), teacher, "output", first=2, steps=5)
+    kept = {}
+
+    def after(phase, variables, step, history):
+        kept[phase.name] = step, jax.tree.map(np.asarray, variables["params"])
+
+    fit(recipe, batches, {"params": params}, make_mesh(), tmp_path, saving=Saving(log_every=1), after_phase=after)
+    assert {name: step for name, (step, _) in kept.items()} == {"distil_step_1": 2, "distil": 5}
+
+    def block(found):
+        return found["encoder"]["layer_0"]["attention"]
+
+    for name in ("value", "out"):
+        first, last = (block(kept[phase][1])[name]["kernel"] for phase in ("distil_step_1", "distil"))
+        np.testing.assert_array_equal(first, block(params)[name]["kernel"])
+        assert np.any(last != first)
+    assert np.any(block(kept["distil_step_1"][1])["query"]["kernel"] != block(params)["query"]["kernel"])
+    lines = read_metrics(tmp_path)
+    parts = [sum(line[f"distil_step_1/loss_{name}"] for name in SCRIPT) for line in lines[:2]]
+    np.testing.assert_allclose(parts, [line["distil_step_1/loss"] for line in lines[:2]], rtol=1e-5)
 
 
 def test_evaluation_with_the_teachers_tensors(captures):

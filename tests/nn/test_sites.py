@@ -100,7 +100,9 @@ def test_scores_and_probabilities_have_no_feature_axis_and_tables_count_rows():
     model = BertClassifier(tiny.CONFIG)
     sites = list_sites(model, {"params": tiny.params()}, *tiny.inputs())
     without = {name for name, info in sites.items() if not info.features}
-    assert without == {f"encoder/layer_{i}/attention/{role}" for i in range(2) for role in ("scores", "probs")}
+    assert without == {
+        f"encoder/layer_{i}/attention/{role}" for i in range(2) for role in ("scores", "probs", "probs_dropped")
+    }
     rows = {name for name, info in sites.items() if info.channel_axis == 0}
     assert rows == {name for name in sites if name.endswith(("/table", "norm/scale"))}
 

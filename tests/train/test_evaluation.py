@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -42,6 +42,7 @@ class Tiny(nn.Module):
     """Logits `[B, 4]`: the token's number times the only weight, progress, and a draw of each random stream."""
 
     policy: Policy | None = None
+    inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
 
     @nn.compact
     def __call__(self, ids, mask, types, deterministic=True):
