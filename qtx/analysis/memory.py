@@ -258,9 +258,7 @@ def run_time_table(
 
     rows: list[list[Any]] = [["activations", *sites(activations), "all sites, each at its bits"]]
     if inputs:
-        rows.append(
-            ["inputs of products", *sites(inputs), "those that are quantized, for each layer that reads them"]
-        )
+        rows.append(["inputs of products", *sites(inputs), "those that are quantized, for each layer that reads them"])
     if isinstance(config, BertConfig):  # the counter knows encoders alone
         elements = activation_elements(config, batch, tokens)
         bits = {item.bits for item in activations + inputs} - {32} or {32}

@@ -10,13 +10,15 @@ An intervention replaces one tensor of every layer by the teacher's for the same
 anyway (collection `teacher` of `qtx.nn.sites`), and cuts the gradient at the inputs of the branch that computes it
 (collection `detach`). Both belong together, and neither is part of the model: there is nothing to switch off at inference.
 
-    kind      letters  replaced site of a layer   inputs without gradient   linear layers that published losses cannot train
-    map       MI       attention/probs            query, key                query, key but by the scores
-    context   CI       attention/context          query, key, value         ... and value
-    output    OI       attention/out/output       query, key, value         ... and value, out
+    kind      letters  replaced site of a layer   inputs without gradient   linear layers that nothing behind the branch trains
+    map       MI       attention/probs            query, key                query, key
+    context   CI       attention/context          query, key, value         query, key, value
+    output    OI       attention/out/output       query, key, value         query, key, value, out
 
-With several kinds each replaces at its own place; the value's input keeps its gradient if the map is among them. A replaced
-tensor goes through the student's own dropout and quantizers.
+What is compared within the branch trains them all the same: the scores reach query and key, and losses on the student's own
+context or projection, which the published recipe does not have, value and out. With several kinds each replaces at its own
+place; the value's input keeps its gradient if the map is among them. A replaced tensor goes through the student's own dropout
+and quantizers.
 
 Which kinds are on is a function of the step within the phase (`Interventions`), computed inside the compiled step: a
 schedule costs no compilation.

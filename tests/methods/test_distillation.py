@@ -12,39 +12,13 @@ from qtx.methods import distillation
 from qtx.methods.distillation import LOSS_SETS, LOSSES, Distillation, Teacher, distillation_phase, layer_pairs
 from qtx.nn import BertClassifier
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
-from qtx.train.phase import Forward, Phase, make_state, make_step
+from qtx.train.phase import Phase, make_state, make_step
+from tests.methods.distilling import LENGTHS, batch_of, forward_of, other_params
 from tests.nn import tiny
 
 DEEP = dataclasses.replace(tiny.CONFIG, num_layers=4)
 MODEL = BertClassifier(tiny.CONFIG)
 PAIRS = ((0, 0), (1, 1))
-LENGTHS = (6, 4, 2)
-
-
-def other_params(config=tiny.CONFIG):
-    return jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(7 * leaf), tiny.params(config))
-
-
-def batch_of(lengths=LENGTHS, tokens=6, seed=0, labels=(0, 2, 1), weights=None):
-    ids, mask, types = tiny.inputs(seed, lengths, tokens)
-    weights = np.ones(len(ids), np.float32) if weights is None else np.asarray(weights, np.float32)
-    return {
-        "input_ids": jnp.asarray(ids),
-        "attention_mask": jnp.asarray(mask),
-        "token_type_ids": jnp.asarray(types),
-        "labels": jnp.asarray(labels),
-        "weights": jnp.asarray(weights),
-    }
-
-
-def forward_of(model, params):
-    def run(batch, capture=False, **collections):
-        args = [batch[name] for name in model.inputs]
-        mutable = ["captures"] if capture else []
-        outputs, found = model.apply({"params": params, **collections}, *args, mutable=mutable)
-        return outputs, found.get("captures", {})
-
-    return Forward(run)
 
 
 def objective(losses, **fields):

@@ -30,7 +30,7 @@ from qtx.train.loop import Saving, fit
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
 from qtx.train.phase import Phase, Span, make_state, make_step
 from qtx.train.sharding import make_mesh
-from tests.methods.test_distillation import batch_of, forward_of, other_params
+from tests.methods.distilling import batch_of, forward_of, other_params
 from tests.nn import tiny
 
 # The student
