@@ -36,6 +36,8 @@ from qtx.errors import UserError, near_misses
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound, Data, Layer, optimise, temperature
 from qtx.methods.calibrate import calibrate
+from qtx.methods.distillation import LOSS_SETS, Teacher, distillation_phase
+from qtx.methods.teacher_intervention import intervention_phase, student_policy
 from qtx.nn.aliases import policy
 from qtx.nn.bert import MASKED, BertClassifier, BertConfig
 from qtx.nn.decoding import Cache, Decoded, Markers, beam_step, begin_beam, end_beam, translate
@@ -43,8 +45,8 @@ from qtx.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from qtx.nn.layers import Dense
 from qtx.quant import Spec, asymmetric, estimate, estimator, per_channel, per_tensor, symmetric
 from qtx.quant import rounding as quant_rounding
-from qtx.train.optimizer import OptimizerConfig, make_optimizer
-from qtx.train.phase import Phase, inputs, make_state, make_step
+from qtx.train.optimizer import make_optimizer
+from qtx.train.phase import Phase, Span, inputs, make_state, make_step
 from qtx.train.report import Table
 
 Program = Callable[[], Any]
@@ -262,17 +264,18 @@ class _Setup:
         model = self.model.clone(policy=policy(symmetric(8, **options), asymmetric(8, **options)))
         return model, calibrate(model, self.params, [inputs(model, self.batch)])
 
-    def step(self, model: BertClassifier, ranges: Mapping[str, Any]) -> tuple[Program, int]:
+    def step(self, phase: Phase, ranges: Mapping[str, Any]) -> tuple[Program, int]:
         """Returns the train step of the library as a program, and its temporary memory."""
-        phase = Phase("benchmark", model)
-        optimizer = make_optimizer(OptimizerConfig(), 10_000)
+        steps = 10_000
+        optimizer = make_optimizer(phase.optimizer, steps)
         state = make_state(phase, {"params": self.params, "ranges": ranges}, optimizer, 0, self.batch)
         state = jax.tree.map(jnp.copy, state)  # the step takes its memory; the parameters are used again
-        compiled = jax.jit(make_step(phase, optimizer, 0), donate_argnums=0).lower(state, self.batch, None).compile()
+        step = make_step(phase, optimizer, 0, Span(0, 0, steps, steps))
+        compiled = jax.jit(step, donate_argnums=0).lower(state, self.batch, phase.constants).compile()
 
         def program():
             nonlocal state
-            state, measured = compiled(state, self.batch, None)
+            state, measured = compiled(state, self.batch, phase.constants)
             return measured
 
         return program, _temporary(compiled)
@@ -280,7 +283,7 @@ class _Setup:
     @functools.cached_property
     def full_precision_step(self) -> tuple[Program, int]:
         """The step without a policy."""
-        return self.step(self.model, {})
+        return self.step(Phase("benchmark", self.model), {})
 
     def forward(self, model: nn.Module, variables: Mapping[str, Any]) -> Program:
         """Returns the compiled forward pass as a program that gives the logits."""
@@ -303,11 +306,27 @@ def train_step(config: ConfigDict, learned: bool) -> Comparison:
     """The quantized train step, with fixed or learned ranges, against the full-precision one."""
     setup = _Setup.make(FrozenConfigDict(config))
     options = dict(range="learned", backward="compact") if learned else {}  # as `qat_phase` has it
-    a, a_bytes = setup.step(*setup.quantized(**options))
+    model, ranges = setup.quantized(**options)
+    a, a_bytes = setup.step(Phase("benchmark", model), ranges)
     b, b_bytes = setup.full_precision_step
     a_is, b_is = f"W8A8 everywhere, {'learned' if learned else 'fixed'} ranges", "full precision"
     memory = Memory(a_bytes, b_bytes, a_is, b_is, Bar(1.25)) if a_bytes and b_bytes else None
     return Comparison(a, b, a_is, b_is, config.rounds, Bar(1.20 if learned else 1.10), memory)
+
+
+def train_teacher(config: ConfigDict, schedule: str) -> Comparison:
+    """The train step of a ternary student with its teacher, published losses, against the student's with labels alone."""
+    setup = _Setup.make(FrozenConfigDict(config))
+    student = Phase("benchmark", setup.model.clone(policy=student_policy()))
+    teacher, losses = Teacher(setup.model, {"params": setup.params}), LOSS_SETS["teacher_intervention"]
+    if schedule:
+        taught = intervention_phase(student, teacher, schedule, losses)
+    else:
+        taught = distillation_phase(student, teacher, losses)
+    a, _ = setup.step(taught, {})
+    b, _ = setup.step(student, {})
+    a_is = f"ternary, distillation{f', interventions: {schedule}' if schedule else ''}"
+    return Comparison(a, b, a_is, "ternary, labels", config.rounds, Bar(1.6))
 
 
 def forward_plain(config: ConfigDict) -> Comparison:
@@ -546,6 +565,8 @@ def decode(config: ConfigDict) -> Comparison:
 COMPARISONS: dict[str, Callable[[ConfigDict], Comparison]] = {
     "train-fixed": lambda config: train_step(config, learned=False),
     "train-learned": lambda config: train_step(config, learned=True),
+    "train-distilled": lambda config: train_teacher(config, schedule=""),
+    "train-intervened": lambda config: train_teacher(config, schedule="gradual"),
     "forward-plain": forward_plain,
     "search-tensor": lambda config: search(config, by_row=False),
     "search-row": lambda config: search(config, by_row=True),
