@@ -23,7 +23,7 @@ from qtx.errors import UserError
 from qtx.experiments.config import evaluation_from, optimizer_from, phases_of, policy_from, rounding_from
 from qtx.experiments.experiment import VALIDATION, Experiment
 from qtx.experiments.setup import setup
-from qtx.experiments.teaching import remaining_steps, with_teacher
+from qtx.experiments.teaching import remaining_steps, taught
 from qtx.export.packed import packable, save_quantized
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound, adaround, layers_to_round
@@ -89,7 +89,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
         else:
             policy = None
             phase = Phase(name, experiment.model, optimizer, **options)
-        phase = with_teacher(phase, section, experiment, any(each.model.policy is None for each in recipe))
+        phase = taught(phase, section, experiment, any(each.model.policy is None for each in recipe))
         recipe.append(remaining_steps(phase, section, recipe, experiment))
     sizes = {config.phases[name].batch_size for name in config.recipe}
     if len(sizes) > 1:

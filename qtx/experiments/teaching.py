@@ -13,7 +13,7 @@ from qtx.experiments.classification import Classification
 from qtx.experiments.config import parse_overrides
 from qtx.experiments.experiment import Experiment
 from qtx.methods.distillation import LOSS_SETS, LOSSES, Teacher, distillation_phase
-from qtx.methods.teacher_intervention import intervention_phase
+from qtx.methods.teacher_intervention import intervention_phase, untrained_padding
 from qtx.train.phase import Phase
 
 
@@ -37,7 +37,7 @@ def losses_of(text: str, field: str) -> dict[str, float]:
     return found
 
 
-def with_teacher(phase: Phase, section: ConfigDict, experiment: Experiment, trained_before: bool) -> Phase:
+def taught(phase: Phase, section: ConfigDict, experiment: Experiment, trained_before: bool) -> Phase:
     """Returns a phase that learns from the teacher that a configuration names; without `losses` the phase as it is.
 
     Args:
@@ -62,6 +62,8 @@ def with_teacher(phase: Phase, section: ConfigDict, experiment: Experiment, trai
     options: dict[str, Any] = dict(
         layers=c.layers, temperature=c.temperature, padding=c.padding, relation_heads=c.relation_heads
     )
+    if experiment.config.quant.student == "published":
+        options["collections"] = untrained_padding(experiment.pretrained.config)  # type: ignore[arg-type]
     teacher = _teacher(phase, experiment, trained_before)
     if section.intervention:
         return intervention_phase(phase, teacher, section.intervention, losses, **options)
