@@ -118,6 +118,12 @@ def test_an_untrained_model_cannot_teach_itself(teacher, tiny_checkpoint):
         make_recipe(setup(config))
 
 
+def test_published_students_do_not_train_the_row_of_padding(teacher):
+    for student, found in (("published", {"detach"}), ("corrected", set())):
+        objective = make_recipe(setup(with_recipe(teacher, **{"quant.student": student})))[0][0].objective
+        assert set(objective.collections) == found
+
+
 def test_losses_by_name_and_by_weight():
     assert losses_of("ternarybert", "x") == LOSS_SETS["ternarybert"]
     assert losses_of("logits=1, scores=0.25", "x") == {"logits": 1.0, "scores": 0.25}
