@@ -12,7 +12,8 @@ A product is the gradient of `<gradient, v>`, reverse over reverse: straight-thr
 mode and have no other. For a quantized model, whose loss is piecewise constant, this is not a Hessian: it is the derivative of
 the straight-through gradient, by the same straight-through rules. With grids on weights alone it is `M H M`, where `H` is the
 Hessian at the quantized weights and `M` is 1 where the gradient passes and 0 where it is clipped. Ranges that have a gradient
-of their own, and grids on activations, give further terms, and then it need not be symmetric. `product` is its transpose
+of their own, and grids on activations, give further terms, and then it need not be symmetric; a range whose backward pass is
+`'compact'` has no term from the remainder of rounding, which is stored as a code. `product` is its transpose
 applied to v, power iteration finds what dominates it, the trace is that of its symmetric part, and Lanczos, which needs
 symmetry, sees no more than the upper triangle.
 """
@@ -31,7 +32,7 @@ from jax.flatten_util import ravel_pytree
 
 from qtx.analysis.losses import Loss, bound
 from qtx.errors import UserError
-from qtx.train.report import RUN_COLORS, INK, Table, new_figure, save_figure
+from qtx.train.report import INK, RUN_COLORS, Table, new_figure, save_figure
 
 _EPS = 1e-6  # of norms and of relative changes, as published
 _BREAKDOWN = 1e-5  # a Lanczos vector that is shorter, relative to the spectrum, is nothing but rounding
@@ -130,7 +131,8 @@ def top_eigenvalues(
     Raises:
       UserError: a number out of range.
     """
-    _check(params, count=count, iterations=iterations)
+    _check(count=count, iterations=iterations)
+    _check_count(count, params)
     return _top(bound(loss), params, batches, key, tolerance, start, count=count, iterations=iterations)
 
 
@@ -148,17 +150,21 @@ def top_eigenvalues_by_batch(
       iterations: at most.
       tolerance: relative.
     """
-    _check(params, count=count, iterations=iterations)
+    _check(count=count, iterations=iterations)
+    _check_count(count, params)
     return _by_batch(bound(loss), params, batches, key, tolerance, count=count, iterations=iterations)
 
 
-def _check(params: Any, **counts: int) -> None:
+def _check(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name}={value}: give at least 1")
+
+
+def _check_count(count: int, params: Any) -> None:
     size = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
-    if counts.get("count", 1) > size:
-        raise UserError(f"{counts['count']} eigenvalues of a loss with {size} parameters: ask for no more than there are")
+    if count > size:
+        raise UserError(f"{count} eigenvalues of a loss with {size} parameters: ask for no more than there are")
 
 
 def _normalized(vector: jax.Array) -> jax.Array:
@@ -255,7 +261,7 @@ def trace(
     Raises:
       UserError: fewer than one sample.
     """
-    _check(params, samples=samples)
+    _check(samples=samples)
     return _trace(bound(loss), params, batches, key, tolerance, samples=samples)
 
 
@@ -318,7 +324,8 @@ def density(loss: Loss, params: Any, batches: Any, key: jax.Array, steps: int = 
     Raises:
       UserError: a number out of range.
     """
-    _check(params, steps=steps, runs=runs, count=steps)
+    _check(steps=steps, runs=runs)
+    _check_count(steps, params)
     return _density(bound(loss), params, batches, key, steps=steps, runs=runs)
 
 
@@ -390,7 +397,7 @@ def plot_eigenvalues(found: Mapping[str, Any], path: str | os.PathLike[str], bin
     Raises:
       UserError: no finite eigenvalue, or fewer than one bin.
     """
-    _check({}, bins=bins)
+    _check(bins=bins)
     pooled = {name: np.ravel(np.asarray(values, np.float64)) for name, values in found.items()}
     every = np.concatenate([np.zeros(0), *pooled.values()])
     if not np.isfinite(every).any():
@@ -403,5 +410,7 @@ def plot_eigenvalues(found: Mapping[str, Any], path: str | os.PathLike[str], bin
             axes.stairs(np.histogram(values[sign * values > 0], edges)[0], edges, color=color, label=name)
         axes.set_xlabel(f"{title} top eigenvalues", color=INK)
         axes.set_ylabel("count", color=INK)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False, fontsize=8)
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False, fontsize=8
+    )
     save_figure(figure, path)

@@ -56,7 +56,9 @@ def directions(
 
     def draw(key: jax.Array) -> dict[str, Any]:
         keys = jax.random.split(key, len(flat))
-        drawn = {name: jax.random.normal(k, flat[name].shape, flat[name].dtype) for k, name in zip(keys, flat, strict=True)}
+        drawn = {
+            name: jax.random.normal(k, flat[name].shape, flat[name].dtype) for k, name in zip(keys, flat, strict=True)
+        }
         return normalized(traverse_util.unflatten_dict(drawn, sep="/"), params, still=still, norms=norms)
 
     return tuple(draw(key) for key in jax.random.split(key, count))

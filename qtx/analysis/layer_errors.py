@@ -96,7 +96,10 @@ def _add(student, teacher, quantities, pairs, padding, student_variables, teache
 
     def error(quantity, s, t):
         if quantity == "hidden_states":
-            values, role = (ours.outputs.hidden_states[s + 1], theirs.outputs.hidden_states[t + 1]), "attention/value/output"
+            values, role = (
+                (ours.outputs.hidden_states[s + 1], theirs.outputs.hidden_states[t + 1]),
+                "attention/value/output",
+            )
         else:
             role = LAYER_SITES[quantity]
             values = ours.at(s, role), theirs.at(t, role)

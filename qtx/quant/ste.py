@@ -33,7 +33,9 @@ def scale_gradient(x: jax.Array, factor: jax.Array | float) -> jax.Array:
     return x
 
 
-scale_gradient.defvjp(lambda x, factor: (scale_gradient(x, factor), factor), lambda factor, g: (g * factor, jnp.zeros_like(factor)))
+scale_gradient.defvjp(
+    lambda x, factor: (scale_gradient(x, factor), factor), lambda factor, g: (g * factor, jnp.zeros_like(factor))
+)
 
 
 def clip_ste(x: jax.Array, low: jax.Array | float, high: jax.Array | float) -> jax.Array:
