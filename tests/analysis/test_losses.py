@@ -17,9 +17,9 @@ PARAMS = tiny.params(tiny.ONE_LAYER)
 
 def test_mean_over_batches_of_the_weighted_loss_with_norms():
     batches = [batch_of(), batch_of(seed=1, weights=[1, 0, 3])]
-    means = []
+    means, apply = [], jax.jit(MODEL.apply)
     for batch in batches:
-        logits = MODEL.apply({"params": PARAMS}, *(batch[name] for name in MODEL.inputs)).logits
+        logits = apply({"params": PARAMS}, *(batch[name] for name in MODEL.inputs)).logits
         means.append(np.average(label_losses(logits, batch["labels"]), weights=batch["weights"]))
     norms = sum(np.linalg.norm(np.ravel(leaf)) for leaf in jax.tree.leaves(PARAMS))
     found = mean_loss(task_loss(MODEL, norms=0.01), PARAMS, stack(batches))
