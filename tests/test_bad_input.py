@@ -10,12 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from qtx import data, models, quant
+from qtx.analysis import curvature, landscape
+from qtx.analysis.layer_errors import layer_errors
+from qtx.analysis.losses import stack
 from qtx.data import pair_tokenizer
 from qtx.errors import UserError
 from qtx.experiments import run
@@ -735,3 +739,42 @@ def test_an_intervention_on_a_site_that_does_not_exist():
 def test_a_first_step_that_is_longer_than_the_run(first):
     text = message(two_steps, *student(), "gradual", first=first, steps=10)
     assert f"'distil': a first step of {first} steps does not fit into a run of 10" in text
+
+
+KERNEL = {"kernel": jnp.ones((2, 2))}
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        (lambda: curvature.top_eigenvalues(squares, KERNEL, jnp.ones(1), jax.random.key(0), 5), "5 eigenvalues"),
+        (lambda: curvature.top_eigenvalues(squares, KERNEL, jnp.ones(1), jax.random.key(0), 0), "count=0"),
+        (lambda: curvature.trace(squares, KERNEL, jnp.ones(1), jax.random.key(0), 0), "samples=0"),
+        (lambda: curvature.plot_eigenvalues({"a": np.array([np.nan])}, "x.png"), "no finite eigenvalue"),
+        (lambda: stack([]), "no batches"),
+        (lambda: stack([{"x": np.zeros(2)}, {"x": np.zeros(3)}]), "batch 1"),
+        (lambda: landscape.directions(jax.random.key(0), KERNEL, still=("kernl",)), "'kernel'"),
+        (lambda: landscape.directions(jax.random.key(0), KERNEL, norms="input"), "'inputs'"),
+        (lambda: landscape.evaluate(squares, KERNEL, jnp.ones(1), [KERNEL], [[0.0], [1.0]]), "1 directions and 2 axes"),
+        (lambda: landscape.evaluate(squares, KERNEL, jnp.ones(1), [KERNEL], [[1.0, 0.0]]), "rising order"),
+        (lambda: landscape.evaluate(squares, KERNEL, jnp.ones(1), [KERNEL], [[0.0]], together=0), "together=0"),
+        (lambda: landscape.plot_contours({"a": CURVE}, "x.png"), "draw curves"),
+        (
+            lambda: landscape.plot_curves({"a": landscape.Landscape((np.ones(2),) * 2, np.ones((2, 2)))}, "x"),
+            "contours",
+        ),
+        (lambda: layer_errors(TINY, TINY, []), "no batches"),
+        (lambda: layer_errors(TINY, TINY, [{}], ["hiden_states"]), "'hidden_states'"),
+        (lambda: layer_errors(TINY, SHALLOW, [{}]), "2 layers and the teacher 1"),
+    ],
+)
+def test_curvature_landscape_and_errors_of_layers(entry, named):
+    assert named in message(entry)
+
+
+def squares(params, batch):
+    return batch * jnp.sum(params["kernel"] ** 2)
+
+
+CURVE = landscape.Landscape((np.ones(1),), np.ones(1))
+TINY, SHALLOW = (Teacher(BertClassifier(config), {}) for config in (tiny.CONFIG, tiny.ONE_LAYER))

@@ -2,6 +2,9 @@
 
 `jnp.clip` splits the gradient at ties and `lax.clamp` drops it, but a min-max range puts the extreme element exactly on
 the edge every time. The masks of grids are inclusive: an element on the edge keeps its gradient. That of `clip_inside` is not.
+
+Every forward rule computes its value by the function that it belongs to. JAX differentiates the code of a forward rule when a
+gradient is differentiated again, and so finds the straight-through rule there, too, and not the zero slope of rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ def round_ste(x: jax.Array) -> jax.Array:
     return jnp.round(x)
 
 
-round_ste.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
+round_ste.defvjp(lambda x: (round_ste(x), None), lambda _, g: (g,))
 
 
 @jax.custom_vjp
@@ -30,7 +33,9 @@ def scale_gradient(x: jax.Array, factor: jax.Array | float) -> jax.Array:
     return x
 
 
-scale_gradient.defvjp(lambda x, factor: (x, factor), lambda factor, g: (g * factor, jnp.zeros_like(factor)))
+scale_gradient.defvjp(
+    lambda x, factor: (scale_gradient(x, factor), factor), lambda factor, g: (g * factor, jnp.zeros_like(factor))
+)
 
 
 def clip_ste(x: jax.Array, low: jax.Array | float, high: jax.Array | float) -> jax.Array:
@@ -50,7 +55,7 @@ def identity_ste(x: jax.Array, quantized: jax.Array) -> jax.Array:
     return quantized
 
 
-identity_ste.defvjp(lambda x, q: (q, None), lambda _, g: (g, jnp.zeros_like(g)))
+identity_ste.defvjp(lambda x, q: (identity_ste(x, q), None), lambda _, g: (g, jnp.zeros_like(g)))
 
 
 @jax.custom_vjp
@@ -65,7 +70,7 @@ def _scaled_bwd(saved, g):
     return (g * factor).astype(like.dtype), jnp.zeros_like(g), jnp.zeros_like(factor)
 
 
-scaled_ste.defvjp(lambda x, q, f: (q, (f, jnp.zeros((), x.dtype))), _scaled_bwd)
+scaled_ste.defvjp(lambda x, q, f: (scaled_ste(x, q, f), (f, jnp.zeros((), x.dtype))), _scaled_bwd)
 
 
 def _sums_to(a: jax.Array, b: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -136,8 +141,7 @@ def uniform(x: jax.Array, scale: jax.Array, zero_point: jax.Array, q_min: jax.Ar
 def _uniform_fwd(x, scale, zero_point, q_min, q_max):
     level, clipped = _levels(x, scale, zero_point, q_min, q_max)
     inside = _stored(level == clipped, scale)  # NaN counts as outside
-    y = (scale * (clipped - zero_point)).astype(x.dtype)
-    return y, (x, inside, scale, zero_point, q_min, q_max)
+    return uniform(x, scale, zero_point, q_min, q_max), (x, inside, scale, zero_point, q_min, q_max)
 
 
 def _uniform_bwd(saved, g):
@@ -178,7 +182,8 @@ def _compact_fwd(x, scale, zero_point, q_min, q_max):
     remainder = jnp.round((whole - ratio) * _STEPS)
     # NaN is outside as well: it compares with nothing.
     code = jnp.where(level == clipped, remainder, jnp.where(level < q_min, -127, 127)).astype(jnp.int8)
-    return (scale * (clipped - zero_point)).astype(x.dtype), (_stored(code, scale), scale, zero_point, q_min, q_max)
+    y = uniform_compact(x, scale, zero_point, q_min, q_max)
+    return y, (_stored(code, scale), scale, zero_point, q_min, q_max)
 
 
 def _compact_bwd(saved, g):
@@ -210,7 +215,7 @@ def uniform_fixed(
 def _fixed_fwd(x, scale, zero_point, q_min, q_max):
     level, clipped = _levels(x, scale, zero_point, q_min, q_max)
     inside = _stored(level == clipped, scale)
-    return (scale * (clipped - zero_point)).astype(x.dtype), (inside, scale, zero_point, q_min, q_max)
+    return uniform_fixed(x, scale, zero_point, q_min, q_max), (inside, scale, zero_point, q_min, q_max)
 
 
 def _fixed_bwd(saved, g):

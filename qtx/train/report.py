@@ -354,7 +354,7 @@ def plot_runs(runs: Mapping[str, Table], path: str | os.PathLike[str]) -> None:
     figure, ((left, *right),) = new_figure(12 if evaluated else 7, 4.5, columns=2 if evaluated else 1)
     losses: list[float] = []
     for number, (label, curves) in enumerate(runs.items()):
-        line: dict[str, Any] = {"color": _RUNS[number % len(_RUNS)], "linewidth": 1.2}
+        line: dict[str, Any] = {"color": RUN_COLORS[number % len(RUN_COLORS)], "linewidth": 1.2}
         x, y = _points(curves, _LOSS)
         losses += y
         left.plot(x, y, "-", label=label, **line)
@@ -400,7 +400,7 @@ def _starts(curves: Table) -> list[float]:
 _LOSS = "training_loss"
 _OF_CURVES = ["phase", "step", "epoch", _LOSS]
 _PHASES = (ACCENT, AMBER, "#15803d", "#7c3aed")
-_RUNS = (*_PHASES, "#be185d", "#0e7490", "#854d0e", "#4b5563", "#84cc16", "#f472b6")
+RUN_COLORS = (*_PHASES, "#be185d", "#0e7490", "#854d0e", "#4b5563", "#84cc16", "#f472b6")
 _STYLES = ("o-", "s--", "^:", "v-.")  # marker and line
 
 # Offset in points and alignment of a label, best first: along a horizontal line, and around a dot.

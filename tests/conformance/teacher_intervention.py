@@ -1,5 +1,5 @@
 """Kinds of cases of "Teacher Intervention"."""
 
-from tests.conformance import intervention_models, intervention_quantizers
+from tests.conformance import intervention_analysis, intervention_models, intervention_quantizers
 
-HANDLERS = {**intervention_quantizers.HANDLERS, **intervention_models.HANDLERS}
+HANDLERS = {**intervention_quantizers.HANDLERS, **intervention_models.HANDLERS, **intervention_analysis.HANDLERS}

@@ -248,3 +248,29 @@ def test_lsq_divides_the_gradients_of_the_range(scheme, granularity):
     np.testing.assert_array_equal(got[0], want[0])
     for a, b in zip(got[1:], want[1:], strict=True):
         np.testing.assert_allclose(a, b / np.sqrt(n * q_max), rtol=1e-5)
+
+
+GRID = (jnp.float32(0.5), jnp.float32(0.0), jnp.float32(-2.0), jnp.float32(1.0))
+
+
+@pytest.mark.parametrize(
+    ("function", "slope"),
+    [
+        (ste.round_ste, (1, 1, 1)),
+        (lambda x: ste.identity_ste(x, jnp.sign(x)), (1, 1, 1)),
+        (lambda x: ste.scaled_ste(x, jnp.sign(x), jnp.float32([2, 3, 4])), (2, 3, 4)),
+        (lambda x: ste.scale_gradient(x, 3.0), (3, 3, 3)),
+        (lambda x: ste.uniform(x, *GRID), (1, 1, 0)),
+        (lambda x: ste.uniform_compact(x, *GRID), (1, 1, 0)),
+        (lambda x: ste.uniform_fixed(x, *GRID), (1, 1, 0)),
+    ],
+)
+def test_gradients_are_differentiated_by_the_same_rule(function, slope):
+    x, slope = jnp.float32([-0.8, 0.3, 2.2]), np.float32(slope)
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sum(jnp.square(function(x))) / 2)(x)
+
+    np.testing.assert_allclose(gradient(x), slope * function(x), rtol=1e-6)
+    second = jax.grad(lambda x: jnp.sum(gradient(x)))(x)
+    np.testing.assert_allclose(second, slope**2, rtol=1e-6)
