@@ -24,7 +24,6 @@ GOLDEN = Path(os.environ.get("QTX_GOLDEN_DIR") or Path(__file__).parent / "golde
 
 # Projects without handlers yet, and the issue that brings them.
 PENDING_PROJECTS = {
-    "teacher-intervention": 6,
     "bittransgnn": 7,
 }
 
