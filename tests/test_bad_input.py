@@ -671,7 +671,7 @@ def test_a_model_and_a_task_of_different_kinds(tiny_config, translation_config, 
     checkpoint = tiny_config.model.name
     tiny_config.model.name = "encoder_decoder"
     assert "needs a model that classifies" in train(tiny_config, tmp_path)
-    translation_config.model.name = checkpoint
+    translation_config.model.name, translation_config.model.sizes = checkpoint, {}
     assert "is no encoder-decoder" in train(translation_config, tmp_path)
 
 
