@@ -65,7 +65,9 @@ def test_smoke_leaves_a_report_and_resumes(config, tmp_path, monkeypatch):
     (tmp_path / "sensitivity.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))
     measured = []
     monkeypatch.setattr(
-        module.Classification, "metrics", lambda self, logits: measured.append(1) or {"score": scores["only y"]["score"]}
+        module.Classification,
+        "metrics",
+        lambda self, logits: measured.append(1) or {"score": scores["only y"]["score"]},
     )
     analyze(config, tmp_path)
     assert len(measured) == 1

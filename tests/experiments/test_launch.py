@@ -24,6 +24,7 @@ ARGUMENTS = {
         "published_w8",
         "patterns",
         "minilm",
+        "orderings+small",
         "smoke",
     ],
     "analyze": ["w8a8", "paper", "smoke"],
@@ -33,6 +34,17 @@ ARGUMENTS = {
     "qat": ["w8a8", "w4a8", "w4a32", "w4a8_e2", "ternary", "smoke"],
     "quickstart": ["full", "smoke"],
     "results": ["rte", "mrpc"],
+    "teacher_intervention": ["ternary", "gradual+quarter", "published_map", "glue", "smoke"],
+    "translation": [
+        "full_precision",
+        "attention_4+warm",
+        "published_binary_all",
+        "attention_8+base",
+        "multi30k",
+        "tuned",
+        "ptq",
+        "smoke",
+    ],
 }
 
 
