@@ -23,7 +23,6 @@ from qtx.experiments.experiment import (
     from_nothing,
     load_model,
 )
-from qtx.methods.agnews_study import without_quantized_biases
 from qtx.nn.bert import BertConfig
 from qtx.train import metrics
 from qtx.train.loop import predict
@@ -108,11 +107,8 @@ class Classification(Experiment):
     ) -> dict[str, np.ndarray]:
         """Returns the logits `[N, C]` of splits; see `evaluate`."""
         found: dict[str, np.ndarray] = {}
-        policy, draws = model.policy, None  # type: ignore[attr-defined]
-        if self.config.quant.published_evaluation and policy is not None:
-            draws = self.config.seed
-            variables = {**variables, "params": without_quantized_biases(variables["params"], policy)}
-        elif self.config.quant.evaluation_rounding == "drawn":
+        variables, draws = self.published_form(model, variables)
+        if draws is None and self.config.quant.evaluation_rounding == "drawn":
             model, variables = self.frozen(model, variables)
         for split in splits:
             if split in self.encoded:

@@ -18,6 +18,7 @@ from qtx import models
 from qtx.analysis.amplify import amplify
 from qtx.errors import UserError, near_misses
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
+from qtx.methods.agnews_study import without_quantized_biases
 from qtx.methods.calibrate import with_frozen_weights
 from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo, list_sites
@@ -67,6 +68,15 @@ class Experiment(abc.ABC):
         key = jax.random.key(self.config.seed) if drawn else None
         model, params = with_frozen_weights(model, self.sites(), variables["params"], variables["ranges"], key)
         return model, {**variables, "params": params}
+
+    def published_form(self, model: nn.Module, variables: Mapping[str, Any]) -> tuple[Mapping[str, Any], int | None]:
+        """Returns what is evaluated with `quant.published_evaluation`: variables without the biases of quantized layers, and
+        the seed of rounding, which is drawn in every call. Else, or without a policy, the variables as they are and None."""
+        policy = model.policy  # type: ignore[attr-defined]
+        if policy is None or not self.config.quant.published_evaluation:
+            return variables, None
+        params = without_quantized_biases(variables["params"], policy)
+        return {**variables, "params": params}, self.config.seed
 
     @property
     def measured(self) -> str:

@@ -21,7 +21,6 @@ from qtx.data.parallel import ParallelDataset, load_pairs, load_parallel
 from qtx.data.tasks import CORPORA, TranslationTask, get_translation_task, languages_of
 from qtx.errors import UserError
 from qtx.experiments.experiment import LABELLED, Experiment, check_model, family_and_sizes, from_nothing, load_model
-from qtx.methods.agnews_study import without_quantized_biases
 from qtx.methods.translation import Decoding, TranslationLoss, smoothed_kl, translate_all
 from qtx.nn.encoder_decoder import EncoderDecoderConfig
 from qtx.train.phase import Objective, inputs
@@ -59,7 +58,8 @@ class Translation(Experiment):
             if name in config.model.sizes:
                 raise UserError(f"model.sizes: {name} is the tokenizer's; leave it out, see translation.vocabulary")
         c = config.translation
-        decoding_of(config), TranslationLoss(c.label_smoothing, c.divisor)
+        decoding_of(config)  # both check their fields
+        TranslationLoss(c.label_smoothing, c.divisor)
         for name, length in (("data.max_length", config.data.max_length), ("translation.limit", c.limit)):
             if length > sizes.max_positions:
                 raise UserError(f"{name} {length} exceeds the model's {sizes.max_positions} positions")
@@ -124,13 +124,10 @@ class Translation(Experiment):
 
         The loss is that of labels that are not smoothed, its exponential the perplexity. `quick`: greedy search.
         """
-        config, policy, drawn = self.config, model.policy, None  # type: ignore[attr-defined]
-        if config.quant.published_evaluation and policy is not None:
-            drawn = config.seed
-            variables = {**variables, "params": without_quantized_biases(variables["params"], policy)}
-        else:
+        variables, drawn = self.published_form(model, variables)
+        if drawn is None:
             model, variables = self.frozen(model, variables)
-        decoding = dataclasses.replace(decoding_of(config), **({"beam": 1} if quick else {}))
+        decoding = dataclasses.replace(decoding_of(self.config), **({"beam": 1} if quick else {}))
         found: dict[str, float] = {}
         for split in splits:
             if split not in self.encoded:
@@ -140,7 +137,7 @@ class Translation(Experiment):
             prefix = "" if split == "validation" else f"{split}_"
             texts = self.tokenizer.decode_target(ids)
             values = {name: score.value for name, score in sacrebleu_scores(texts, references).items()}
-            if config.translation.published_bleu:
+            if self.config.translation.published_bleu:
                 pad = self.pretrained.config.pad_token_id
                 tokens = [[token for token in row if token != pad] for row in ids.tolist()]
                 values["published_bleu"] = 100 * nltk_bleu(tokens, [row.tolist() for row in encoded.target])
