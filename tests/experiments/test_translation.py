@@ -12,11 +12,11 @@ import pytest
 from qtx.data.tasks import CORPORA
 from qtx.errors import UserError
 from qtx.experiments.config import base
-from qtx.experiments.run import evaluate, quantize, train_and_evaluate
+from qtx.experiments.run import evaluate, make_recipe, quantize, train_and_evaluate
 from qtx.experiments.setup import setup
 from qtx.experiments.translate import Translator, translate_file
 from qtx.experiments.translation import TASKS, Translation
-from qtx.methods.translation import Decoding, TranslationLoss
+from qtx.methods.translation import Decoding, TranslationLoss, translate_all
 from qtx.train.logging import read_metrics
 from tests.conftest import eight_devices
 
@@ -101,6 +101,28 @@ def test_quantize_and_evaluate(trained, tmp_path):
     after.model.name = str(workdir / "quantized")
     again = evaluate(after)
     assert again["bleu"] == pytest.approx(metrics["qat"]["bleu"], abs=5)
+
+
+def test_evaluation_as_published_draws_for_every_token_and_drops_biases(trained):
+    _, workdir, _ = trained
+    config = make_config(Path(trained[0].data.pairs.train[0]).parent)
+    config.model.name, config.model.sizes = str(workdir / "model"), {}
+    config.quant.update(weight_scheme="magnitude_int8", weight_bits=2, weight_rounding="stochastic")
+    config.quant.published_evaluation = True
+    experiment = setup(config)
+    model = make_recipe(experiment)[0][1].model
+    found_ids = []
+    for seed in (1, 2):
+        experiment.config.seed = seed
+        variables, drawn = experiment.published_form(model, experiment.variables)
+        assert drawn == seed
+        ids = translate_all(model, variables, experiment.encoded["test"].source, DECODING, experiment.mesh, drawn)
+        found_ids.append(ids)
+    assert (found_ids[0] != found_ids[1]).any()
+    bias = variables["params"]["decoder"]["layer_0"]["self_attention"]["query"]["bias"]
+    assert not np.any(bias) and np.any(variables["params"]["generator"]["bias"])
+    found = experiment.evaluate(model, experiment.variables, ("test",))
+    assert set(found) == {"test_bleu", "test_chrf", "test_loss", "test_published_bleu"}
 
 
 @pytest.mark.parametrize("kind", ["model", "quantized"])
