@@ -63,7 +63,8 @@ def base() -> ConfigDict:
                     str
                 ),  # of a model from nothing: a BERT checkpoint whose embeddings and attention it gets
                 "fresh_head": True,  # initialise pooler and classifier anew
-                "pooling": "cls",  # or 'mean'
+                "pooling": "cls",  # of a fresh head: or 'mean'
+                "pooler": True,  # of a fresh head: a dense layer before the classifier
                 "hidden_dropout": placeholder(float),  # None: as in the checkpoint
                 "attention_dropout": placeholder(float),
                 "classifier_dropout": placeholder(float),

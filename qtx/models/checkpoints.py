@@ -132,6 +132,13 @@ def parameter_name(family: Family, config: ModelConfig, name: str) -> str | None
     return next((path for ours in _LEAVES.get(leaf, ()) if (path := f"{module}/{ours}") in expected), None)
 
 
+def _is_unused_head(family: Family, config: ModelConfig, name: str) -> bool:
+    """Whether a tensor is of a part of the head that a configuration does without (`pooler=False`)."""
+    modules, stem = family.modules(config), name.rpartition(".")[0]
+    module = modules.get(stem) or modules.get(family.prefix + stem)
+    return module is not None and module.startswith(family.fresh) and not getattr(config, "pooler", True)
+
+
 def from_hf_tensors(
     family: Family, config: ModelConfig, tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -147,7 +154,8 @@ def from_hf_tensors(
             continue
         path = parameter_name(family, config, theirs)
         if path is None:
-            extra.append(theirs)
+            if not _is_unused_head(family, config, theirs):
+                extra.append(theirs)
             continue
         value = np.asarray(value).astype(np.float32)
         found[path] = family.kernel_from_hf(value) if path.endswith("/kernel") else value
