@@ -8,7 +8,7 @@ from qtx.data.batching import Batches, bucket_lengths, in_order
 from qtx.data.pair_batching import PairBatches, bucket_shapes
 from qtx.data.pair_tokenizer import EncodedPairs, PairTokenizer, encode_pairs
 from qtx.data.parallel import Pairs, ParallelDataset, load_pairs, load_parallel
-from qtx.data.sources import Dataset, Examples, load, load_folder, load_table
+from qtx.data.sources import Dataset, Examples, load, load_folder, load_table, with_label_order
 from qtx.data.tasks import CORPORA, TASKS, Task, TranslationTask, get_task, get_translation_task
 from qtx.data.tokenize import Encoded, check_tokenizer, encode, load_tokenizer
 
@@ -40,4 +40,5 @@ __all__ = [
     "load_parallel",
     "load_table",
     "load_tokenizer",
+    "with_label_order",
 ]

@@ -69,19 +69,28 @@ def first_file(folder: Path, names: Iterable[str]) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def read_bytes(path: Path) -> bytes:
+    """Reads a file, compressed or not.
+
+    Raises:
+      UserError: there is no such file, or it is damaged.
+    """
+    try:
+        with OPENERS.get(path.suffix, open)(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}; it is damaged or cut short, fetch it again") from error
+
+
 def read_text(path: Path, fallback: str | None = None) -> str:
     """Reads a UTF-8 file, compressed or not; `fallback` is the encoding of files that are not UTF-8.
 
     Raises:
       UserError: there is no such file, it is damaged, or it is not UTF-8.
     """
-    try:
-        with OPENERS.get(path.suffix, open)(path, "rb") as file:
-            data = file.read()
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}; it is damaged or cut short, fetch it again") from error
+    data = read_bytes(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

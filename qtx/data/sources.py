@@ -1,4 +1,4 @@
-"""Where texts and labels come from: GLUE and AG_NEWS files, tensorflow-datasets, two pip packages, the user's own files.
+"""Where texts and labels come from: files of GLUE, AG_NEWS and TextGCN, tensorflow-datasets, pip packages, the user's own files.
 
 Everything is read before it is returned, and what is wrong with a file is said with its name and line.
 """
@@ -25,9 +25,11 @@ from qtx.data.reading import (
     from_tfds,
     limited,
     places,
+    read_lines,
     read_text,
 )
 from qtx.data.tasks import Task, get_task
+from qtx.data.textgcn import CORPORA, load_split_texts
 from qtx.errors import UserError, near_misses
 
 
@@ -77,6 +79,8 @@ def load(
     `<data_dir>/ag_news/` or `<data_dir>/`, and from tensorflow-datasets where there are none. It has no validation split
     of its own: 5% of the training rows of every class, drawn with `seed`, become it. `test` is the whole test file.
 
+    TextGCN's corpora (20ng, R8, R52, ohsumed, mr) come cleaned, with their published splits: see `qtx.data.textgcn`.
+
     Args:
       task: a name in `tasks.TASKS`, or that task.
       data_dir: where the files are; the environment variable QTX_DATA_DIR when not given.
@@ -95,6 +99,8 @@ def load(
         splits = _load_glue(task, data_dir)
     elif task.name == "ag_news":
         splits = _load_ag_news(task, data_dir, seed)
+    elif task.name in CORPORA:
+        splits = {name: Examples((texts,), ids) for name, (texts, ids) in load_split_texts(task, data_dir).items()}
     else:
         raise UserError(f"task {task.name!r} is not built in; use load_table or load_folder for your own files")
     return Dataset(task, limited(splits, limit_train, limit_eval, seed))
@@ -166,6 +172,35 @@ def load_folder(path: str | os.PathLike[str], seed: int = 0) -> Dataset:
     if len(splits) == 1:
         splits = _split(splits["train"], _stratified(splits["train"].labels, 0.1, seed), root)
     return Dataset(task, splits)
+
+
+def with_label_order(dataset: Dataset, path: str | os.PathLike[str]) -> Dataset:
+    """Returns a data set with other class ids: the number of the line on which each class stands in a file.
+
+    A model that was trained elsewhere has the classes in that order; the published builds of TextGCN's corpora shuffle them.
+
+    Args:
+      dataset: a classification task.
+      path: a file with one class name per line, every class once.
+
+    Raises:
+      UserError: the task is a regression, or the file does not hold its classes.
+    """
+    task, names = dataset.task, read_lines(Path(path))
+    if task.is_regression:
+        raise UserError(f"task {task.name!r} has scores, not classes; leave label_order out")
+    for line, name in enumerate(names, 1):
+        if name not in task.labels or name in names[: line - 1]:
+            fault = f"unknown label {name!r}{near_misses(name, task.labels)}"
+            if name in task.labels:
+                fault = f"label {name!r} for the second time; every class stands there once"
+            raise UserError(f"{path}, line {line}: {fault}")
+    if len(names) < task.num_labels:
+        missing = next(name for name in task.labels if name not in names)
+        raise UserError(f"{path} names {len(names)} of {task.num_labels} classes of {task.name}; {missing!r} is missing")
+    ids = np.array([names.index(name) for name in task.labels], np.int32)
+    splits = {name: Examples(split.texts, ids[split.labels]) for name, split in dataset.splits.items()}
+    return Dataset(dataclasses.replace(task, labels=tuple(names)), splits)
 
 
 # ---------------------------------------------------------------------------------------------------- GLUE

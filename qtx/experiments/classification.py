@@ -135,7 +135,9 @@ def load_dataset(config: ConfigDict) -> data.Dataset:
     """Loads the data set that a configuration names."""
     c = config.data
     if config.task == "table":
-        return data.load_table(c.train, c.validation, tuple(c.text_columns), c.label_column)
-    if config.task == "folder":
-        return data.load_folder(c.train, seed=c.seed)
-    return data.load(config.task, c.dir, c.seed, c.limit_train or None, c.limit_eval or None)
+        found = data.load_table(c.train, c.validation, tuple(c.text_columns), c.label_column)
+    elif config.task == "folder":
+        found = data.load_folder(c.train, seed=c.seed)
+    else:
+        found = data.load(config.task, c.dir, c.seed, c.limit_train or None, c.limit_eval or None)
+    return data.with_label_order(found, c.label_order) if c.label_order else found

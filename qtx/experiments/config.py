@@ -82,6 +82,7 @@ def base() -> ConfigDict:
                 "validation": "",  # task 'table'
                 "text_columns": ("text",),  # task 'table'
                 "label_column": "label",  # task 'table'
+                "label_order": "",  # file with one class per line, in the order of the class ids; '': sorted, or the task's
                 "limit_train": 0,  # examples; 0: all
                 "limit_eval": 0,
                 "max_length": 128,  # tokens
