@@ -133,7 +133,9 @@ def _read_index(path: Path, task: Task) -> tuple[list[int], list[bool]]:
         if label not in ids:
             raise UserError(f"{path}, line {number}: unknown label {label!r}{near_misses(label, task.labels)}")
         if ("train" in split) == ("test" in split):
-            raise UserError(f"{path}, line {number}: the split {split!r} must name one of train and test; repair the line")
+            raise UserError(
+                f"{path}, line {number}: the split {split!r} must name one of train and test; repair the line"
+            )
         labels.append(ids[label])
         is_train.append("train" in split)
     return labels, is_train

@@ -39,8 +39,12 @@ class Classification(Experiment):
     dataset: data.Dataset
 
     @classmethod
-    def make(cls, config: ConfigDict) -> Classification:
+    def make(cls, config: ConfigDict, dataset: data.Dataset | None = None) -> Classification:
         """Loads and checks everything that a run needs, cheapest first.
+
+        Args:
+          config: the configuration.
+          dataset: what to take for the one that it names.
 
         Raises:
           UserError: on anything in the configuration, the data or the checkpoint that does not fit.
@@ -56,13 +60,13 @@ class Classification(Experiment):
             raise UserError(
                 f"data.max_length {config.data.max_length} exceeds the model's {sizes.max_positions} positions"
             )
-        dataset = load_dataset(config)
+        dataset = dataset or load_dataset(config)
         tokenizer = data.load_tokenizer(directory)
         data.check_tokenizer(tokenizer, sizes.vocab_size)
         model, ranges, pretrained = load_model(config, dataset.task.num_labels)
         length = config.data.max_length
         encoded = {name: data.encode(tokenizer, split, length) for name, split in dataset.splits.items()}
-        return cls(config, tokenizer, pretrained, model, ranges, encoded, mesh, dataset)
+        return Classification(config, tokenizer, pretrained, model, ranges, encoded, mesh, dataset)
 
     @property
     def task(self) -> data.Task:

@@ -98,6 +98,8 @@ def base() -> ConfigDict:
                 },
                 "plan": "buckets",  # of batches of pairs; 'published': by cost, in pools
             },
+            "graph": text_graph(),
+            "bittransgnn": bittransgnn(),
             "translation": translation(),
             "teacher": {  # of phases with `losses`
                 "name": "",  # a trained checkpoint of the same task; '': the model that is trained, as it begins
@@ -128,6 +130,26 @@ def base() -> ConfigDict:
     )
 
 
+def bittransgnn() -> ConfigDict:
+    """Returns the section that describes models of text and graph; the graph itself is in the section `graph`."""
+    return ConfigDict(
+        {
+            "method": "",  # 'dynamic', 'static'; 'distillation': of a trained one into the encoder; '': there is no graph
+            "mix": 0.5,  # lambda, the graph's share of the vote
+            "hidden_size": 256,
+            "num_layers": 2,
+            "dropout": 0.5,  # between graph convolutions
+            "bias": True,  # of graph convolutions; quantized ones were published without
+            "refresh": "before",  # features of all documents are made again before evaluations; 'after' as published
+            "graph": "",  # a file of launch/build_graph.py, or where to save one; '': it is built for every run
+            "teacher": "",  # of distillation: a trained BitTransGNN, `model/` or `quantized/` of its run
+            "alpha": 0.5,  # share of distillation in the loss
+            "temperature": 1.0,
+            "target": "probabilities",  # or 'published'
+        }
+    )
+
+
 def translation() -> ConfigDict:
     """Returns the section that describes how translators are trained and decoded."""
     return ConfigDict(
@@ -141,6 +163,21 @@ def translation() -> ConfigDict:
             "length_penalty": 0.6,  # exponent of the length factor
             "limit": 100,  # tokens of a translation
             "published_bleu": False,  # report the published variant as well: greedy, on tokens and markers
+        }
+    )
+
+
+def text_graph() -> ConfigDict:
+    """Returns the section that describes text graphs; see `qtx.data.text_graph.GraphSettings`."""
+    return ConfigDict(
+        {
+            "adj_type": "full",  # 'no_doc', 'no_ww', 'doc_doc'
+            "inference": "transductive",  # 'inductive': of training documents alone
+            "window": 20,  # words
+            "neighbours": 25,  # of each document
+            "doc_doc_nodes": "fixed",  # 'as_published': neighbours of test documents lie on words
+            "words": "published",  # 'basic': BERT's words; 'cleaned': as TextGCN's corpora are cleaned
+            "tokenizer": "all-MiniLM-L6-v2",  # uncased; basic words that it has no pieces for are [UNK]; '': all are kept
         }
     )
 

@@ -89,6 +89,10 @@ class Experiment(abc.ABC):
         """Returns the fields of every `Phase` that are up to the kind of experiment: the objective, for one."""
         return {"objective": task_loss}
 
+    def adapted(self, policy: Policy) -> Policy:
+        """Returns a policy for the family of the checkpoint in the form that fits the module of the experiment."""
+        return policy
+
     def save(self, workdir: Path, trained: nn.Module, policy: Policy | None, variables: Mapping[str, Any]) -> None:
         """Writes the float master as `model/` and, after a quantized phase, the packed artifact as `quantized/`.
 

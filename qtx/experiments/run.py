@@ -62,15 +62,16 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
             steps=section.steps,
             trainable=tuple(section.trainable),
             accumulate=section.accumulate,
-            **experiment.training(),
             evaluation=evaluation_from(name, section, evaluate),
         )
+        options |= experiment.training()
         optimizer = optimizer_from(section.optimizer)
         quantized_before = policy is not None
         if section.quantized:
             policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
             if policy is None:
                 raise UserError(f"phase {name!r} is quantized, but `quant` keeps everything in full precision")
+            policy = experiment.adapted(policy)
             check_policy(policy, experiment.sites())
             phase = qat_phase(
                 name,

@@ -41,9 +41,7 @@ def graph_loss(forward: Forward, batch: Batch, constants: Any) -> tuple[jax.Arra
     return jnp.sum(label_losses(outputs.logits, batch["labels"]) * batch["weights"]), jnp.sum(batch["weights"])
 
 
-def vote(
-    model: TextGraphClassifier, variables: Mapping[str, Any], adjacency: Graph, nodes: jax.Array
-) -> GraphOutputs:
+def vote(model: TextGraphClassifier, variables: Mapping[str, Any], adjacency: Graph, nodes: jax.Array) -> GraphOutputs:
     """Returns the outputs for documents whose features are in the bank, with one pass over the graph.
 
     Args:
@@ -98,14 +96,15 @@ class GraphDistillation:
     """The objective of knowledge distillation: `alpha` times what `distillation_losses` says, and the rest the task's loss.
 
     Offline, the votes of the teacher for every training document are the phase's `constants`: `graph` and `text`, each `[N, C]`
-    by the document's `index`. Online, model and teacher are the parts of a `Pair`, the constants are the collection
-    `graph`, and the teacher has the loss of `graph_loss` of its own.
+    by the document's `index`. Online, the model is a `StudentAndTeacher` and the constants are its collection `graph`; the
+    teacher's own loss, that of static and dynamic training, is added, and the student's does not reach it.
 
     Attributes:
       mix: the teacher's lambda.
       alpha: in [0, 1].
       temperature: above 0; the task's loss has 1.
       target: see `distillation_losses`.
+      online: whether the teacher is trained in the same step.
 
     Raises:
       UserError: a value out of its range.
@@ -115,6 +114,7 @@ class GraphDistillation:
     alpha: float = 0.5
     temperature: float = 1.0
     target: Target = "probabilities"
+    online: bool = False
 
     def __post_init__(self):
         if not 0 <= self.alpha <= 1:
@@ -128,9 +128,14 @@ class GraphDistillation:
 
     def __call__(self, forward: Forward, batch: Batch, constants: Any) -> tuple[Any, jax.Array, dict[str, jax.Array]]:
         """Returns the losses summed over the batch, the sum of the examples' weights, and each loss summed."""
-        graph, text = (constants[name][batch["index"]] for name in ("graph", "text"))
-        outputs, _ = forward(batch)
-        return self.total(outputs.logits, graph, text, batch)
+        if not self.online:
+            graph, text = (constants[name][batch["index"]] for name in ("graph", "text"))
+            return self.total(forward(batch)[0].logits, graph, text, batch)
+        outputs, _ = forward(batch, graph=constants)
+        teacher = outputs.teacher
+        total, weight, sums = self.total(outputs.logits, teacher.graph, teacher.text, batch)
+        own = jnp.sum(label_losses(teacher.logits, batch["labels"]) * batch["weights"])
+        return total + own, weight, sums | {"teacher": own}
 
     def total(self, student: jax.Array, graph: jax.Array, text: jax.Array, batch: Batch) -> tuple[Any, jax.Array, dict]:
         """Returns the same from logits `[B, C]` of student and teacher."""

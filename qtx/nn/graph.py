@@ -246,9 +246,7 @@ class GCN(nn.Module):
             raise UserError(f"a GCN needs at least one layer, not {self.num_layers}")
         widths = [self.hidden_size] * (self.num_layers - 1) + [self.num_labels]
         self.layers = [
-            GraphConvolution(
-                width, i + 1 < self.num_layers, self.use_bias, self.dtype, self.policy, name=f"layer_{i}"
-            )
+            GraphConvolution(width, i + 1 < self.num_layers, self.use_bias, self.dtype, self.policy, name=f"layer_{i}")
             for i, width in enumerate(widths)
         ]
 

@@ -24,15 +24,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.sparse import BCSR
 
 from qtx.errors import UserError
 from qtx.nn.bert import BertClassifier, Block
 from qtx.nn.graph import GCN
+from qtx.quant.policy import Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,10 @@ class GraphConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"the dropout {self.dropout} of the graph convolution must lie in [0, 1)")
 
+    def convolution(self, num_labels: int, dtype: Any = jnp.float32, policy: Policy | None = None) -> GCN:
+        """Returns the module."""
+        return GCN(num_labels, self.num_layers, self.hidden_size, self.dropout, self.bias, dtype, policy)
+
 
 class GraphOutputs(NamedTuple):
     """What BitTransGNN returns.
@@ -82,6 +89,13 @@ class GraphOutputs(NamedTuple):
     text: jax.Array
     graph: jax.Array
     pooled: jax.Array
+
+
+class PairOutputs(NamedTuple):
+    """What `StudentAndTeacher` returns: the student's logits `[B, C]`, and what the teacher does."""
+
+    logits: jax.Array
+    teacher: GraphOutputs
 
 
 def mixture(graph: jax.Array, text: jax.Array, mix: float, temperature: float = 1.0) -> jax.Array:
@@ -132,9 +146,7 @@ class TextGraphClassifier(Block):
         self.head = TextHead(self.config, self.dtype, self.policy)
         nn.share_scope(self, self.text)
         nn.share_scope(self, self.head)
-        g = self.graph
-        sizes = self.config.num_labels, g.num_layers, g.hidden_size
-        self.gcn = GCN(*sizes, g.dropout, g.bias, self.dtype, self.policy)
+        self.gcn = self.graph.convolution(self.config.num_labels, self.dtype, self.policy)
 
     def __call__(self, input_ids, attention_mask, token_type_ids, index, deterministic: bool = True) -> GraphOutputs:
         """Classifies documents of the graph.
@@ -168,6 +180,46 @@ class TextGraphClassifier(Block):
         votes = votes.astype(jnp.promote_types(votes.dtype, jnp.float32))
         return GraphOutputs(mixture(votes, text, self.graph.mix), text, votes, features)
 
+    def attached(self, pooled: jax.Array, rows: BCSR, entering: Sequence[jax.Array]) -> GraphOutputs:
+        """Classifies new documents, which see the graph and are not seen by it.
+
+        Args:
+          pooled: features `[M, D]` of the documents.
+          rows: `[M, N + M]` of the normalised adjacency: edges into the graph, and loops; see `qtx.data.text_graph.attach`.
+          entering: what enters each convolution, of the nodes of the graph `[N, ...]`.
+        """
+        text = self.head(pooled)
+        votes = self.gcn.attached(rows, pooled, entering).astype(text.dtype)
+        return GraphOutputs(mixture(votes, text, self.graph.mix), text, votes, pooled)
+
     def propagated(self) -> jax.Array:
         """Returns the features of the bank behind the first product with the adjacency, `[N, D]`."""
         return self.gcn.propagated(self.get_variable("graph", "adjacency"), self.get_variable("bank", "features"))
+
+
+class StudentAndTeacher(Block):
+    """A text classifier `student/...` and a `TextGraphClassifier` `teacher/...` that are trained together.
+
+    Its collections `graph` and `bank` are the teacher's, below `teacher`.
+
+    Attributes:
+      config: of both encoders; `pooler=False`.
+      classifier_type: class of both encoders with their heads.
+      graph: what the teacher's convolution is.
+    """
+
+    classifier_type: type[BertClassifier] = BertClassifier
+    graph: GraphConfig = GraphConfig()
+
+    inputs: ClassVar[tuple[str, ...]] = TextGraphClassifier.inputs
+
+    def setup(self):
+        fields = self.config, self.dtype, self.policy
+        self.student = self.classifier_type(*fields)
+        self.teacher = TextGraphClassifier(*fields, self.classifier_type, self.graph)
+
+    def __call__(self, input_ids, attention_mask, token_type_ids, index, deterministic: bool = True) -> PairOutputs:
+        """Classifies documents of the graph; see `TextGraphClassifier`."""
+        batch = input_ids, attention_mask, token_type_ids
+        teacher = self.teacher(*batch, index, deterministic)
+        return PairOutputs(self.student(*batch, deterministic).logits, teacher)
