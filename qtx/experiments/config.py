@@ -97,6 +97,7 @@ def base() -> ConfigDict:
                 },
                 "plan": "buckets",  # of batches of pairs; 'published': by cost, in pools
             },
+            "graph": text_graph(),
             "translation": translation(),
             "teacher": {  # of phases with `losses`
                 "name": "",  # a trained checkpoint of the same task; '': the model that is trained, as it begins
@@ -140,6 +141,21 @@ def translation() -> ConfigDict:
             "length_penalty": 0.6,  # exponent of the length factor
             "limit": 100,  # tokens of a translation
             "published_bleu": False,  # report the published variant as well: greedy, on tokens and markers
+        }
+    )
+
+
+def text_graph() -> ConfigDict:
+    """Returns the section that describes text graphs; see `qtx.data.text_graph.GraphSettings`."""
+    return ConfigDict(
+        {
+            "adj_type": "full",  # 'no_doc', 'no_ww', 'doc_doc'
+            "inference": "transductive",  # 'inductive': of training documents alone
+            "window": 20,  # words
+            "neighbours": 25,  # of each document
+            "doc_doc_nodes": "fixed",  # 'as_published': neighbours of test documents lie on words
+            "words": "published",  # 'basic': BERT's words; 'cleaned': as TextGCN's corpora are cleaned
+            "tokenizer": "all-MiniLM-L6-v2",  # uncased; basic words that it has no pieces for are [UNK]; '': all are kept
         }
     )
 
