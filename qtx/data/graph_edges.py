@@ -159,21 +159,24 @@ def nearest(
       track: shows the progress.
     """
     across = documents.T.tocsr()
-    rows, columns, values = [], [], []
+    # The largest value of each of at least `count` stretches of a row: `count` values are no smaller than the last of these
+    # by size, so most of a row needs no look.
+    stretches = np.unique(np.linspace(0, documents.shape[0], 8 * count, endpoint=False).astype(int))
+    found = []
     for start in track(range(0, queries.shape[0], _ROWS), "neighbours"):
         block = (queries[start : start + _ROWS] @ across).toarray()
         if same:
             block[np.arange(len(block)), start + np.arange(len(block))] = 0
-        border = np.partition(block, -count, axis=1)[:, [-count]]
-        above, equal = block > border, block == border
-        missing = count - above.sum(1, keepdims=True)
-        keep = (above | (equal & (np.cumsum(equal, axis=1) <= missing))) & (block > 0)
-        row, column = np.nonzero(keep)
-        rows.append(start + row)
-        columns.append(column)
-        values.append(block[row, column])
-    where = (np.concatenate(rows), np.concatenate(columns)) if rows else ([], [])
-    return sp.csr_matrix((np.concatenate(values) if rows else [], where), (queries.shape[0], documents.shape[0]))
+        largest = np.maximum.reduceat(block, stretches, axis=1)
+        enough = np.partition(largest, -count, axis=1)[:, [-count]]
+        row, column = np.nonzero((block >= enough) & (block > 0))
+        value = block[row, column]
+        order = np.lexsort((column, -value, row))
+        first = np.searchsorted(row, np.arange(len(block)))
+        kept = order[np.arange(len(row)) - first[row] < count]
+        found.append((start + row[kept], column[kept], value[kept]))
+    rows, columns, values = map(np.concatenate, zip(*found, strict=True)) if found else ([], [], [])
+    return sp.csr_matrix((values, (rows, columns)), (queries.shape[0], documents.shape[0]))
 
 
 def symmetrised(raw: sp.csr_matrix) -> sp.csr_matrix:
