@@ -50,9 +50,9 @@ class Buckets(NamedTuple):
       position: int32 `[N]`, of each node among the rows of all buckets.
     """
 
-    columns: tuple[jax.Array, ...]
-    weights: tuple[jax.Array, ...]
-    position: jax.Array
+    columns: tuple[jax.Array | np.ndarray, ...]
+    weights: tuple[jax.Array | np.ndarray, ...]
+    position: jax.Array | np.ndarray
 
 
 Graph: TypeAlias = BCSR | Buckets | jraph.GraphsTuple
@@ -79,7 +79,7 @@ def adjacency(source: Any, layout: Layout | None = None) -> Graph:
         indices, starts = jnp.asarray(matrix.indices, jnp.int32), jnp.asarray(matrix.indptr, jnp.int32)
         return BCSR((jnp.asarray(matrix.data), indices, starts), shape=matrix.shape)
     if layout == "buckets":
-        return _buckets(matrix, _ENTRIES["cpu" if cpu else "other"])
+        return jax.tree.map(jnp.asarray, _buckets(matrix, _ENTRIES["cpu" if cpu else "other"]))
     nodes, entries = matrix.shape[0], matrix.tocoo()
     return jraph.GraphsTuple(
         nodes=None,
@@ -134,11 +134,11 @@ def _buckets(matrix: scipy.sparse.csr_array, entries: int) -> Buckets:
         inside = np.arange(width) < degrees[rows, None]
         taken = (matrix.indptr[rows, None] + np.arange(width))[inside]
         own[: len(rows)][inside], filled[: len(rows)][inside] = matrix.indices[taken], matrix.data[taken]
-        columns.append(jnp.asarray(own.reshape(steps, at_once, width)))
-        weights.append(jnp.asarray(filled.reshape(steps, at_once, width)))
+        columns.append(own.reshape(steps, at_once, width))
+        weights.append(filled.reshape(steps, at_once, width))
         position[rows] = done + np.arange(len(rows))
         done += len(own)
-    return Buckets(tuple(columns), tuple(weights), jnp.asarray(position))
+    return Buckets(tuple(columns), tuple(weights), position)
 
 
 def propagate(graph: Graph, x: jax.Array) -> jax.Array:

@@ -108,14 +108,13 @@ def test_buckets_hold_the_matrix(nodes, density, seed, entries):
     found = graphs._buckets(scipy.sparse.csr_array(a), entries)
     rows = []
     for columns, weights in zip(found.columns, found.weights, strict=True):
-        columns, weights = np.asarray(columns), np.asarray(weights)
         _, at_once, width = columns.shape
         assert at_once * width <= max(entries, width) and width <= nodes
         for own, filled in zip(columns.reshape(-1, width), weights.reshape(-1, width), strict=True):
             row = np.zeros(nodes, np.float32)
             np.add.at(row, own, filled)
             rows.append(row)
-    np.testing.assert_array_equal(np.stack(rows)[np.asarray(found.position)], a)
+    np.testing.assert_array_equal(np.stack(rows)[found.position], a)
 
 
 # GCN
