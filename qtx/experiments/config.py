@@ -18,6 +18,7 @@ from ml_collections.config_dict import placeholder
 from qtx.errors import UserError, near_misses
 from qtx.methods.adaround import AdaRound
 from qtx.methods.agnews_study import input_policy
+from qtx.methods.bit_transformer import bit_policy
 from qtx.methods.efficient_quantization import Value, policy_of, with_value
 from qtx.methods.patterns import pattern_policy
 from qtx.methods.teacher_intervention import CLIP, student_policy
@@ -231,6 +232,15 @@ def quantization() -> ConfigDict:
             # 'corrected' or 'published': which sites are quantized is as in teacher intervention (TernaryBERT), activations
             # with 8 bits, weights by the fields here, tables row by row; '': the fields here say all.
             "student": "",
+            "bit": {  # BitTransformer: which sites are quantized, and how, see `qtx.methods.bit_transformer.bit_policy`
+                "states": 0,  # of weights: 2 to 5; 0: the other fields here say all
+                "activation_bits": 8.0,  # 1.0, 1.58, 2.0, 2.32, 8.0 or 32.0
+                "embeddings": True,
+                "attention": True,  # query, key and value
+                "weight_scale": "row",  # 'tensor': the older code
+                "low_bit_act_scale": "token",  # 'tensor': the older code
+                "attention_act_32": "off",  # 'eight_bit', as published
+            },
             "pattern": "",  # of layers whose weights are quantized, see `qtx.methods.patterns`; '': all weights
             "weight_estimator": "current_minmax",
             "weight_options": ConfigDict(convert_dict=True),  # fields of the estimator
@@ -376,6 +386,8 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
     Raises:
       UserError: on unknown schemes, estimators, granularities, keys or values.
     """
+    if section.bit.states:
+        return _bit_policy(section)
     weights, activations = _weight_spec(section), _activation_spec(section)
     granularity = _granularity(section.activation_granularity)
     everywhere = None if granularity == per_tensor() else granularity
@@ -411,6 +423,8 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
 def _weight_spec(section: ConfigDict) -> Spec | None:
     scheme, bits = section.weight_scheme, section.weight_bits
     granularity = _granularity(section.weight_granularity)
+    if scheme == "absmean":
+        raise UserError("quant.weight_scheme 'absmean' has states, not bits: set quant.bit.states (2 to 5) instead")
     if scheme == "ir_net" or scheme in CODEBOOKS:
         least, most = CODEBOOKS.get(scheme, (1, 1))
         if bits is None:
@@ -449,6 +463,14 @@ def _activation_spec(section: ConfigDict) -> Spec | None:
         range_gradient=section.range_gradient,
         rounding="truncate" if section.activation_scheme == "shifted" else "nearest",
     )
+
+
+def _bit_policy(section: ConfigDict) -> Policy:
+    """Returns the policy of a BitTransformer."""
+    others = {name: section[name] for name in ("student", "pattern", "overrides", "weight_overrides") if section[name]}
+    if others:
+        raise UserError(f"quant.bit says which sites are quantized: leave quant.{next(iter(others))} empty")
+    return bit_policy(**section.bit)
 
 
 def _student_policy(section: ConfigDict, weights: Spec | None, overrides: dict[str, Value]) -> Policy:

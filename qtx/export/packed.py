@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -194,8 +195,12 @@ def _packed(
         raise UserError(f"weight {name!r}: permuted groups are for activations; use per_group(K) or per_channel()")
     integers, scale, zero_point = _quantize(spec, weight, qparams)
     codes, signed = np.asarray(integers), spec.is_codebook or (qparams is not None and bool(qparams.signed))
-    signs = "trits" if spec.is_ternary else "signs" if spec.scheme == "binary" else None
-    bits = spec.bits if signs or not spec.is_codebook else int(spec.storage_bits)  # a magnitude has a sign besides
+    signs = "trits" if spec.is_ternary else "signs" if spec.scheme == "binary" or spec.states == 2 else None
+    if signs == "signs" and not codes.all():
+        signs = "trits"  # of two states, where a value is the mean: its sign is 0
+    bits = (
+        spec.bits if signs or not spec.is_codebook else math.ceil(spec.storage_bits)
+    )  # a magnitude has a sign besides
     minimum = -1 if signs else -(2 ** (bits - 1)) if spec.is_codebook else int(grid.limits(spec, signed)[0])
     entry = {
         "shape": list(weight.shape),

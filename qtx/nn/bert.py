@@ -9,6 +9,7 @@ letters of Bondarenko et al. 2021 (13 L + 5 activations, 8 L + 6 weights):
     encoder/layer_i/attention/scores (s)       before 1/sqrt(D/H) and before the mask
     encoder/layer_i/attention/probs (p), context (c), out/{kernel,output} (g), residual (u), norm/{scale,output} (x)
     encoder/layer_i/attention/probs_dropped    an input: probabilities behind their dropout, as they enter the product
+    encoder/layer_i/attention/{query,key,value}_heads  inputs: [B, T, H, D/H], so that per token means per head and token
     encoder/layer_i/ffn/up/{kernel,output}     after GELU
     encoder/layer_i/ffn/down/{kernel,output} (h), residual (y), norm/{scale,output} (z)
     pooler/dense/{kernel,output} (P)           after tanh; not with `pooler=False`
@@ -178,7 +179,8 @@ class Embeddings(Block):
 
 
 def attend(block: Block, query, key, value, mask: jax.Array, where: jax.Array, deterministic: bool) -> jax.Array:
-    """Multi-head attention, whose sites `scores`, `probs`, `probs_dropped` and `context` are in the module `block`.
+    """Multi-head attention, with its sites in the module `block`: `{query,key,value}_heads`, `scores`, `probs`,
+    `probs_dropped` and `context`.
 
     Args:
       block: the module.
@@ -194,7 +196,13 @@ def attend(block: Block, query, key, value, mask: jax.Array, where: jax.Array, d
     """
     c = block.config
     shape, width = query.shape, query.shape[-1] // c.num_heads
-    query, key, value = (x.reshape(*x.shape[:2], c.num_heads, width) for x in (query, key, value))
+    seen = (mask if mask.ndim == 2 else jnp.any(mask, 1))[..., None]
+    query, key, value = (
+        site(
+            block, f"{name}_heads", x.reshape(*x.shape[:2], c.num_heads, width), kind="input", where=counted[..., None]
+        )
+        for name, x, counted in (("query", query, where), ("key", key, seen), ("value", value, seen))
+    )
     mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
     pairs = mask & where[:, None]
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)

@@ -36,8 +36,8 @@ from qtx.quant.policy import Policy
 Layout = Literal["csr", "buckets", "edges"]
 
 _GROWTH = 1.25  # of widths from bucket to bucket: at most a fifth of the entries is padding
-# Entries of a bucket that are multiplied at a time. Rows alone stay in a core's cache; other devices want more of them at once.
-_ENTRIES = {"cpu": 1, "other": 2**17}
+# Entries of a bucket that are multiplied at a time: their rows of features stay in a core's cache, or keep a device busy.
+_ENTRIES = {"cpu": 2**8, "other": 2**14}
 _ASYMMETRY = 1e-6  # of the largest weight: what rounding leaves
 
 
@@ -50,9 +50,9 @@ class Buckets(NamedTuple):
       position: int32 `[N]`, of each node among the rows of all buckets.
     """
 
-    columns: tuple[jax.Array, ...]
-    weights: tuple[jax.Array, ...]
-    position: jax.Array
+    columns: tuple[jax.Array | np.ndarray, ...]
+    weights: tuple[jax.Array | np.ndarray, ...]
+    position: jax.Array | np.ndarray
 
 
 Graph: TypeAlias = BCSR | Buckets | jraph.GraphsTuple
@@ -75,10 +75,11 @@ def adjacency(source: Any, layout: Layout | None = None) -> Graph:
         raise UserError(f"unknown graph layout {layout!r}{near_misses(layout, get_args(Layout))}")
     matrix = _matrix(source)
     if layout == "csr":
-        parts = (matrix.data, matrix.indices.astype(np.int32), matrix.indptr.astype(np.int32))
-        return BCSR(tuple(jnp.asarray(part) for part in parts), shape=matrix.shape)
+        # One type for both kinds of index, or JAX leaves the compiled code out.
+        indices, starts = jnp.asarray(matrix.indices, jnp.int32), jnp.asarray(matrix.indptr, jnp.int32)
+        return BCSR((jnp.asarray(matrix.data), indices, starts), shape=matrix.shape)
     if layout == "buckets":
-        return _buckets(matrix, _ENTRIES["cpu" if cpu else "other"])
+        return jax.tree.map(jnp.asarray, _buckets(matrix, _ENTRIES["cpu" if cpu else "other"]))
     nodes, entries = matrix.shape[0], matrix.tocoo()
     return jraph.GraphsTuple(
         nodes=None,
@@ -133,11 +134,11 @@ def _buckets(matrix: scipy.sparse.csr_array, entries: int) -> Buckets:
         inside = np.arange(width) < degrees[rows, None]
         taken = (matrix.indptr[rows, None] + np.arange(width))[inside]
         own[: len(rows)][inside], filled[: len(rows)][inside] = matrix.indices[taken], matrix.data[taken]
-        columns.append(jnp.asarray(own.reshape(steps, at_once, width)))
-        weights.append(jnp.asarray(filled.reshape(steps, at_once, width)))
+        columns.append(own.reshape(steps, at_once, width))
+        weights.append(filled.reshape(steps, at_once, width))
         position[rows] = done + np.arange(len(rows))
         done += len(own)
-    return Buckets(tuple(columns), tuple(weights), jnp.asarray(position))
+    return Buckets(tuple(columns), tuple(weights), position)
 
 
 def propagate(graph: Graph, x: jax.Array) -> jax.Array:
