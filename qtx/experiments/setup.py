@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from qtx.experiments import images, translation
 from qtx.experiments.classification import Classification
 from qtx.experiments.experiment import Experiment
-from qtx.experiments.translation import TASKS, Translation
 
 
 def setup(config: ConfigDict) -> Experiment:
@@ -15,4 +15,8 @@ def setup(config: ConfigDict) -> Experiment:
     Raises:
       UserError: on anything in the configuration, the data or the checkpoint that does not fit.
     """
-    return Translation.make(config) if config.task in TASKS else Classification.make(config)
+    if config.task in translation.TASKS:
+        return translation.Translation.make(config)
+    if config.task in images.TASKS:
+        return images.ImageClassification.make(config)
+    return Classification.make(config)

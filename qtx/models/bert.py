@@ -60,7 +60,8 @@ FIELDS = {
     "classifier_dropout": "classifier_dropout",
 }
 
-Config = TypeVar("Config", bound=BertConfig | VitConfig)
+Config = TypeVar("Config", bound=BertConfig)
+AnyConfig = TypeVar("AnyConfig", bound=BertConfig | VitConfig)
 
 
 def fields_of(kind: type[BertConfig]) -> dict[str, str]:
@@ -79,7 +80,7 @@ def config_to_hf(config: BertConfig) -> dict[str, Any]:
     return write_fields(config, fields_of(type(config)))
 
 
-def read_fields(hf: Mapping[str, Any], kind: type[Config], fields: Mapping[str, str]) -> Config:
+def read_fields(hf: Mapping[str, Any], kind: type[AnyConfig], fields: Mapping[str, str]) -> AnyConfig:
     """Reads a configuration of any family; keys of qtx's own stand under `qtx`.
 
     Args:
