@@ -46,6 +46,8 @@ class Classification(Experiment):
         Raises:
           UserError: on anything in the configuration, the data or the checkpoint that does not fit.
         """
+        if config.task not in ("table", "folder"):
+            data.get_task(config.task)  # a slip of the pen there is no fault of the model
         mesh = check_model(config.model, config.model_parallel)
         _, sizes = family_and_sizes(config.model)
         if not isinstance(sizes, BertConfig):

@@ -60,7 +60,9 @@ class ImageClassification(Classification):
 
     def first_batches(self, count: int, batch_size: int) -> Sequence[Mapping[str, np.ndarray]]:
         found = self._batches("train", batch_size, shuffle=True, epochs=1, seed=self.config.seed)
-        return [found[i] for i in range(min(count, len(self.encoded["train"]) // batch_size))]
+        # All but one of its batches are whole.
+        first = (found[i] for i in range(min(count + 1, len(found))))
+        return [batch for batch in first if batch["weights"].all()][:count]
 
     def check_teacher(self, name: str, directory: Path, sizes: ModelConfig) -> None:
         for field in ("image_size", "num_channels", "image_mean", "image_std"):

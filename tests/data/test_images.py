@@ -57,11 +57,12 @@ def write_idx(path, values):
 
 
 def write_mnist(root, count=40):
+    """MNIST of 6 x 6 pixels: all of them are 25 times the label."""
     folder = root / "mnist"
     folder.mkdir()
     for stem in ("train", "t10k"):
         labels = np.arange(count) % 10
-        write_idx(folder / f"{stem}-images-idx3-ubyte.gz", np.broadcast_to(labels[:, None, None], (count, 6, 6)))
+        write_idx(folder / f"{stem}-images-idx3-ubyte.gz", np.broadcast_to(25 * labels[:, None, None], (count, 6, 6)))
         write_idx(folder / f"{stem}-labels-idx1-ubyte.gz", labels)
     return folder
 
@@ -93,7 +94,7 @@ def test_mnist(tmp_path):
     found = load_images("mnist", tmp_path)
     assert {name: len(split) for name, split in found.splits.items()} == {"train": 30, "validation": 10, "test": 40}
     for split in found.splits.values():
-        np.testing.assert_array_equal(split.pixels[:, 5, 0], split.labels[:, None])
+        np.testing.assert_array_equal(split.pixels[:, 5, 0], 25 * split.labels[:, None])
 
 
 def test_folder(tmp_path):
