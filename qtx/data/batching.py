@@ -172,6 +172,14 @@ class PlannedBatches(abc.ABC):
     def _assemble(self, index: np.ndarray, bucket: int) -> dict[str, np.ndarray]:
         """Returns the batch of these example numbers, padded to this bucket's shape."""
 
+    def _check_rows(self, batch_size: int) -> None:
+        require_positive(batch_size=batch_size)
+        if batch_size % self.shard_count:
+            raise UserError(
+                f"batch_size {batch_size} does not divide by {self.shard_count} hosts; "
+                f"use {-(-batch_size // self.shard_count) * self.shard_count}"
+            )
+
     def _check_run(self) -> None:
         require_positive(shard_count=self.shard_count)
         if self.epochs is not None:
@@ -256,13 +264,8 @@ class Batches(PlannedBatches):
     shard_count: int = 1
 
     def __post_init__(self) -> None:
-        require_positive(batch_size=self.batch_size)
         self._check_run()
-        if self.batch_size % self.shard_count:
-            raise UserError(
-                f"batch_size {self.batch_size} does not divide by {self.shard_count} hosts; "
-                f"use {-(-self.batch_size // self.shard_count) * self.shard_count}"
-            )
+        self._check_rows(self.batch_size)
         if not self.buckets or self.buckets[0] < 1 or list(self.buckets) != sorted(set(self.buckets)):
             raise UserError(f"buckets must be increasing positive lengths, got {self.buckets}; see bucket_lengths")
         if not len(self.encoded):

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from qtx.errors import UserError
+from qtx.errors import UserError, near_misses
 
 DATA_DIR_VARIABLE = "QTX_DATA_DIR"
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open}
@@ -115,6 +115,57 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in text.removesuffix("\n").split("\n")]
 
 
+def labelled_files(root: Path, suffixes: Collection[str]) -> list[Path]:
+    """Returns every file `root/LABEL/*` with one of these suffixes, in an order that no file system changes.
+
+    Raises:
+      UserError: there is no such directory.
+    """
+    if not root.is_dir():
+        raise UserError(f"no such directory: {root}")
+    return [file for file in sorted(root.glob("[!.]*/*")) if file.suffix.lower() in suffixes]
+
+
+def labelled_folders(root: Path, suffixes: Collection[str]) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
+    """Finds files that are sorted into folders, one for each label.
+
+    Args:
+      root: has either `train/LABEL/*` and `validation/LABEL/*`, or `LABEL/*`.
+      suffixes: of the files, such as `.txt`.
+
+    Returns:
+      The files of `train`, and of `validation` if it has a folder, and the sorted labels of the training files.
+
+    Raises:
+      UserError: a missing or empty folder, an unknown label, fewer than two labels.
+    """
+    folders = {name: root / name for name in ("train", "validation") if (root / name).is_dir()}
+    if len(folders) == 1:
+        raise UserError(f"{root} has only one of the folders train and validation; give both, or the labels alone")
+    found = {name: labelled_files(folder, suffixes) for name, folder in (folders or {"train": root}).items()}
+    labels = label_names([file.parent.name for file in found["train"]], folders.get("train", root))
+    for name, files in found.items():
+        if not files:
+            kinds = " or ".join(f"LABEL/*{suffix}" for suffix in suffixes)
+            raise UserError(f"{folders[name]} holds no {kinds} files; every class needs a folder")
+        for file in files:
+            if file.parent.name not in labels:
+                raise UserError(
+                    f"{file.parent}: unknown label {file.parent.name!r}{near_misses(file.parent.name, labels)}"
+                )
+    return found, labels
+
+
+def label_names(labels: Iterable[str], path: Path) -> tuple[str, ...]:
+    """Returns the sorted names of classes; raises a `UserError` if there are fewer than two, or one is empty."""
+    names = tuple(sorted(set(labels)))
+    if len(names) < 2 or "" in names:
+        raise UserError(
+            f"{path}: needs at least two labels, none of them empty, found {', '.join(map(repr, names)) or 'none'}"
+        )
+    return names
+
+
 # -------------------------------------------------------------------------------------- tensorflow-datasets
 
 
@@ -189,7 +240,7 @@ def as_text(value: Any) -> str:
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
-# ---------------------------------------------------------------------------------------------------- limits
+# ------------------------------------------------------------------------------------------ splits and limits
 
 
 class Rows(Protocol):
@@ -205,6 +256,27 @@ class Rows(Protocol):
 
 
 Split = TypeVar("Split", bound=Rows)
+
+
+def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Returns a [N] mask with that fraction of every class, and at least one of each class that has two or more."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        mask[rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)]] = True
+    return mask
+
+
+def held_apart(rows: Split, held_out: np.ndarray, path: Path) -> dict[str, Split]:
+    """Returns the splits `train` and `validation`, the rows of the latter being true in the mask `[N]`.
+
+    Raises:
+      UserError: one of them, from this path, would be empty.
+    """
+    if not held_out.any() or held_out.all():
+        raise UserError(f"{path}: too few examples ({len(rows)}) to split into train and validation; add some")
+    return {"train": rows.take(np.flatnonzero(~held_out)), "validation": rows.take(np.flatnonzero(held_out))}
 
 
 def limited(

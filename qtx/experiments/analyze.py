@@ -13,7 +13,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -22,8 +21,10 @@ from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import Classification
 from qtx.experiments.experiment import VALIDATION
 from qtx.experiments.run import calibration_options, policy_to_apply
+from qtx.experiments.setup import setup
 from qtx.files import write_text
 from qtx.nn.bert import BertConfig
+from qtx.nn.sites import example_inputs
 from qtx.quant.policy import Policy
 from qtx.train.report import Table, check_config, save_config
 
@@ -55,7 +56,9 @@ def analyze(config: ConfigDict, workdir: str | Path) -> str:
     for name in config.analyses:
         if name not in ANALYSES:
             raise UserError(f"unknown analysis {name!r}{near_misses(name, ANALYSES)}")
-    experiment = Classification.make(config)
+    experiment = setup(config)
+    if not isinstance(experiment, Classification):
+        raise UserError(f"analyses are of models that classify; task {config.task!r} is translation")
     policy = policy_to_apply(experiment)
     parts = {name: ANALYSES[name](experiment, policy) for name in config.analyses}
     if (workdir / "config.json").is_file():
@@ -119,12 +122,13 @@ def _sensitivity(experiment: Classification, policy: Policy) -> Part:
 def _outliers(experiment: Classification, policy: Policy) -> Part:
     c = experiment.config.analysis.outliers
     outliers.check(c.k, c.batches)
+    sizes = experiment.pretrained.config
+    if not isinstance(sizes, BertConfig):
+        raise UserError("the analysis 'outliers' tells of the tokens of texts: leave it out for images")
     names = outliers.choose_sites(tuple(c.sites), experiment.sites())
     batches = experiment.calibration_batches(c.batches)
 
     def run(workdir: Path) -> list[str | Table]:
-        sizes = experiment.pretrained.config
-        assert isinstance(sizes, BertConfig)  # only classifiers come here, see `setup`
         found = outliers.collect(
             experiment.model,
             experiment.pretrained.params,
@@ -174,14 +178,17 @@ def _weights(experiment: Classification, policy: Policy) -> Part:
 
 def _memory(experiment: Classification, policy: Policy) -> Part:
     c = experiment.config.analysis.memory
-    if c.batch_size < 1 or not 1 <= c.tokens <= experiment.pretrained.config.max_positions:
-        most = experiment.pretrained.config.max_positions
+    model_sizes = experiment.pretrained.config
+    most = getattr(model_sizes, "max_positions", None)  # images have as many tokens as they have
+    if c.batch_size < 1 or (most is not None and not 1 <= c.tokens <= most):
         raise UserError(
             f"analysis.memory: {c.batch_size} x {c.tokens} tokens; give 1 to {most} tokens of at least 1 text"
         )
+    tokens = c.tokens if most is not None else model_sizes.tokens  # type: ignore[union-attr]
 
     def run(workdir: Path) -> list[str | Table]:
-        args = [jax.ShapeDtypeStruct((c.batch_size, c.tokens), jnp.int32)] * len(experiment.pretrained.family.inputs)
+        examples = example_inputs(experiment.model, model_sizes, tokens)
+        args = [jax.ShapeDtypeStruct((c.batch_size, *each.shape[1:]), each.dtype) for each in examples]
         sites = experiment.sites(*args)
         parameters = memory.weight_memory(policy, sites, experiment.pretrained.params)
         ranges = memory.range_memory(policy, sites)
@@ -196,10 +203,9 @@ def _memory(experiment: Classification, policy: Policy) -> Part:
             programs = {
                 name: memory.model_memory(model, experiment.pretrained.params, *args) for name, model in models.items()
             }
-        sizes = experiment.pretrained.config
-        running = memory.run_time_table(sizes, c.batch_size, c.tokens, activations, inputs, programs)
+        running = memory.run_time_table(model_sizes, c.batch_size, tokens, activations, inputs, programs)
         running.save(workdir, "memory_run")
-        blocks += [f"While it runs, {c.batch_size} x {c.tokens} tokens:", running, _WHY_THEY_DIFFER]
+        blocks += [f"While it runs, {c.batch_size} x {tokens} tokens:", running, _WHY_THEY_DIFFER]
         rows = [[bits, *memory.share(activations, bits)] for bits in sorted({item.bits for item in activations})]
         columns = ["bits of activations", "of values", "of tensors"]
         blocks.append(Table(columns, rows, {"of values": ".1%", "of tensors": ".1%"}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -49,12 +50,12 @@ class Classification(Experiment):
         Raises:
           UserError: on anything in the configuration, the data or the checkpoint that does not fit.
         """
+        if config.task not in ("table", "folder"):
+            data.get_task(config.task)  # a slip of the pen there is no fault of the model
         mesh = check_model(config.model, config.model_parallel)
         _, sizes = family_and_sizes(config.model)
         if not isinstance(sizes, BertConfig):
-            raise UserError(
-                f"model {config.model.name!r} translates; task {config.task!r} needs a model that classifies"
-            )
+            raise UserError(f"task {config.task!r} needs a model that classifies texts, unlike {config.model.name!r}")
         directory = models.locate(config.model.tokenizer if from_nothing(config.model) else config.model.name)
         if config.data.max_length > sizes.max_positions:
             raise UserError(
@@ -73,6 +74,13 @@ class Classification(Experiment):
         """What is to be predicted."""
         return self.dataset.task
 
+    @property
+    def pad_id(self) -> int:
+        """The token id to pad with."""
+        sizes = self.pretrained.config
+        assert isinstance(sizes, BertConfig), "only models of texts are padded"
+        return sizes.pad_token_id
+
     def batches(self, split: str, batch_size: int, shuffle: bool, epochs: int | None, seed: int = 0) -> Batches:
         """Returns the batches of a split."""
         encoded, c = self.encoded[split], self.config.data
@@ -83,7 +91,7 @@ class Classification(Experiment):
             buckets,
             seed=seed,
             shuffle=shuffle,
-            pad_id=self.pretrained.config.pad_token_id,
+            pad_id=self.pad_id,
             epochs=epochs,
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
@@ -92,7 +100,7 @@ class Classification(Experiment):
     def first_batches(self, count: int, batch_size: int) -> Sequence[Mapping[str, np.ndarray]]:
         encoded = self.encoded["train"]
         longest = bucket_lengths(encoded.lengths, self.config.data.max_length, 1, self.config.data.padding)
-        found = Batches(encoded, batch_size, longest, seed=self.config.seed, pad_id=self.pretrained.config.pad_token_id)
+        found = Batches(encoded, batch_size, longest, seed=self.config.seed, pad_id=self.pad_id)
         return [b for b in (found[i] for i in range(found.batches_per_epoch)) if b["weights"].all()][:count]
 
     def evaluate(
@@ -119,6 +127,20 @@ class Classification(Experiment):
                 batches = self.batches(split, self.config.data.eval_batch_size, shuffle=False, epochs=1)
                 found[split] = predict(model, variables, batches, self.mesh, draws)
         return found
+
+    def check_teacher(self, name: str, directory: Path, sizes: models.ModelConfig) -> None:
+        """Raises a `UserError` if a teacher reads something else than the model in the batches of the run.
+
+        Args:
+          name: of the teacher, for the message.
+          directory: of its checkpoint.
+          sizes: of the teacher.
+        """
+        del sizes
+        if data.load_tokenizer(directory).get_vocab() != self.tokenizer.get_vocab():
+            raise UserError(
+                f"teacher.name: the vocabulary of {name} is not that of {self.config.model.name}; both must read the same ids"
+            )
 
     def metrics(self, logits: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Returns the metrics of what `logits` gave; see `evaluate`. Without a validation split there is no `score`."""

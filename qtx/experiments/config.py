@@ -52,7 +52,8 @@ def base() -> ConfigDict:
     """Returns the default experiment: fine-tune MiniLM on film reviews, W8A8 when quantization is asked for."""
     return ConfigDict(
         {
-            # A name from qtx.data.tasks; 'table' or 'folder', or 'parallel' for translation, with the paths in `data`.
+            # A name from qtx.data.tasks; 'table', 'folder' or 'image_folder', or 'parallel' for translation, with the paths in
+            # `data`.
             "task": "film_reviews",
             "seed": 1000,  # of the head, the order of the data and dropout
             "recipe": ("finetune",),  # names of sections in `phases`, in order
@@ -79,7 +80,7 @@ def base() -> ConfigDict:
             "data": {
                 "dir": placeholder(str),  # None: the environment variable QTX_DATA_DIR
                 "seed": 0,  # of splits that are drawn, and of limits
-                "train": "",  # task 'table': file; task 'folder': directory
+                "train": "",  # task 'table': file; tasks 'folder' and 'image_folder': directory
                 "validation": "",  # task 'table'
                 "text_columns": ("text",),  # task 'table'
                 "label_column": "label",  # task 'table'
@@ -98,6 +99,9 @@ def base() -> ConfigDict:
                     "test": ("", ""),
                 },
                 "plan": "buckets",  # of batches of pairs; 'published': by cost, in pools
+                "resize": False,  # images to the size of the model; else another size is an error
+                "crop": 0,  # pixels that training images are shifted by at most
+                "flip": False,  # half of the training images are mirrored, left and right
             },
             "graph": text_graph(),
             "bittransgnn": bittransgnn(),
@@ -230,7 +234,8 @@ def quantization() -> ConfigDict:
             "weight_scale": "mean",  # of ternary and binary grids: 'shift' (a power of two) or 'one'; of magnitude: 'norm'
             "weight_gradient": "straight",  # of ternary and binary grids: 'clipped' (within [-1, 1]) or 'decay'
             # 'corrected' or 'published': which sites are quantized is as in teacher intervention (TernaryBERT), activations
-            # with 8 bits, weights by the fields here, tables row by row; '': the fields here say all.
+            # with 8 bits, weights by the fields here, tables row by row; 'layers': likewise within the layers, and embeddings
+            # and head stay in full precision, as for images; '': the fields here say all.
             "student": "",
             "bit": {  # BitTransformer: which sites are quantized, and how, see `qtx.methods.bit_transformer.bit_policy`
                 "states": 0,  # of weights: 2 to 5; 0: the other fields here say all
@@ -475,15 +480,16 @@ def _bit_policy(section: ConfigDict) -> Policy:
 
 def _student_policy(section: ConfigDict, weights: Spec | None, overrides: dict[str, Value]) -> Policy:
     """Returns the policy of teacher intervention, with a grid for weights."""
-    if section.student not in ("corrected", "published"):
-        raise UserError(f"quant.student is {section.student!r}; choose from 'corrected', 'published', ''")
+    if section.student not in ("corrected", "published", "layers"):
+        raise UserError(f"quant.student is {section.student!r}; choose from 'corrected', 'published', 'layers', ''")
     if overrides or section.pattern:
         raise UserError("quant.student says which sites are quantized: leave pattern and overrides empty")
     if weights is None:
         raise UserError(f"quant.student is {section.student!r}, but quant.weight_bits is 32: give the weights bits")
     weights = dataclasses.replace(weights, clip=CLIP)
     table = dataclasses.replace(weights, granularity=per_channel())
-    return student_policy(weights, table, published=section.student == "published")
+    around = section.student != "layers"
+    return student_policy(weights, table, emb=around, cls=around, published=section.student == "published")
 
 
 def _pattern_policy(

@@ -161,7 +161,9 @@ class Experiment(abc.ABC):
     def sites(self, *args: Any) -> dict[str, SiteInfo]:
         """Returns the sites of the model, for its arguments or, without any, for the example ones."""
         return list_sites(
-            self.model, {"params": self.pretrained.params}, *(args or self.pretrained.family.example_inputs())
+            self.model,
+            {"params": self.pretrained.params},
+            *(args or self.pretrained.family.example_inputs(self.pretrained.config)),
         )
 
 

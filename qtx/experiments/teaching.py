@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from qtx import data, models
+from qtx import models
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import Classification
 from qtx.experiments.config import parse_overrides
@@ -88,10 +88,7 @@ def _teacher(phase: Phase, experiment: Classification, trained_before: bool) -> 
         raise UserError(
             f"teacher.name: {name} has {labels} labels, task {config.task!r} has {experiment.task.num_labels}"
         )
-    if data.load_tokenizer(directory).get_vocab() != experiment.tokenizer.get_vocab():
-        raise UserError(
-            f"teacher.name: the vocabulary of {name} is not that of {config.model.name}; both must read the same ids"
-        )
+    experiment.check_teacher(name, directory, found.config)
     return Teacher(found.family.module(config=found.config, dtype=experiment.model.dtype), {"params": found.params})
 
 

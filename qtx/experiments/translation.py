@@ -93,7 +93,14 @@ class Translation(Experiment):
     def training(self) -> dict[str, Any]:
         """Returns the objective: divergence from smoothed labels."""
         c = self.config.translation
-        return {"objective": TranslationLoss(c.label_smoothing, c.divisor, self.pretrained.config.pad_token_id)}
+        return {"objective": TranslationLoss(c.label_smoothing, c.divisor, self.pad_id)}
+
+    @property
+    def pad_id(self) -> int:
+        """The token id to pad with."""
+        sizes = self.pretrained.config
+        assert isinstance(sizes, EncoderDecoderConfig), "only an encoder-decoder translates"
+        return sizes.pad_token_id
 
     def batches(self, split: str, batch_size: int, shuffle: bool, epochs: int | None, seed: int = 0) -> PairBatches:
         encoded, c = self.encoded[split], self.config.data
@@ -137,7 +144,7 @@ class Translation(Experiment):
             texts = self.tokenizer.decode_target(ids)
             values = {name: score.value for name, score in sacrebleu_scores(texts, references).items()}
             if self.config.translation.published_bleu:
-                pad = self.pretrained.config.pad_token_id
+                pad = self.pad_id
                 tokens = [[token for token in row if token != pad] for row in ids.tolist()]
                 values["published_bleu"] = 100 * nltk_bleu(tokens, [row.tolist() for row in encoded.target])
             values["loss"] = self.loss(model, variables, split)

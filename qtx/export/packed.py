@@ -284,7 +284,7 @@ def save_quantized(
             raise UserError(
                 f"parameter {name!r}: {found} in the params, {wanted} by the config; save them with their own"
             )
-    sites = list_sites(model_family.module(config=config), {"params": abstract}, *model_family.example_inputs())
+    sites = list_sites(model_family.module(config=config), {"params": abstract}, *model_family.example_inputs(config))
     check_policy(policy, sites)
 
     tensors = _range_tensors(policy, sites, ranges)

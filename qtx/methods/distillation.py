@@ -36,7 +36,7 @@ from flax import traverse_util
 
 from qtx.errors import UserError, near_misses
 from qtx.nn.bert import MASKED
-from qtx.nn.sites import list_sites
+from qtx.nn.sites import example_inputs, list_sites
 from qtx.train.phase import Batch, Forward, Phase, inputs, label_losses
 
 Padding = Literal["ignore", "published"]
@@ -350,10 +350,10 @@ def shapes(model: nn.Module, args: Sequence[Any] | None = None) -> tuple[dict[st
 
     Args:
       model: any; its policy does not matter.
-      args: what it is called with, arrays or `jax.ShapeDtypeStruct`s; None: ids and masks of one short text.
+      args: what it is called with, arrays or `jax.ShapeDtypeStruct`s; None: one short text, or image.
     """
     if args is None:
-        args = [jax.ShapeDtypeStruct((1, 4), jnp.int32)] * len(model.inputs)  # type: ignore[attr-defined]
+        args = example_inputs(model, model.config, tokens=4)  # type: ignore[attr-defined]
     abstract = tuple(jax.ShapeDtypeStruct(jnp.shape(arg), jnp.result_type(arg)) for arg in args)
     return _shapes(model.clone(policy=None), abstract)  # type: ignore[call-arg]
 
@@ -438,7 +438,7 @@ def distillation_phase(
       teacher: module and variables.
       losses: weight of each loss, such as `LOSS_SETS['ternarybert']`.
       layers: see `layer_pairs`.
-      args: what both models are called with; None: token ids.
+      args: what both models are called with; None: one short text, or image.
       **options: further fields of `Distillation`.
 
     Raises:

@@ -269,7 +269,7 @@ def check_interventions(
       interventions: what is replaced, and where.
       student: module.
       teacher: module.
-      args: what both are called with; None: token ids.
+      args: what both are called with; None: one short text, or image.
     """
     models = {"student": student, "teacher": teacher}
     sites = {side: shapes(model, args)[0] for side, model in models.items()}
@@ -306,7 +306,7 @@ def intervention_phase(
       schedule: see `Interventions.named`.
       losses: weight of each loss.
       layers: see `qtx.methods.distillation.layer_pairs`.
-      args: what both models are called with; None: token ids.
+      args: what both models are called with; None: one short text, or image.
       **options: further fields of `Distillation`.
 
     Raises:

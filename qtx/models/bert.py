@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from qtx.errors import UserError, near_misses
 from qtx.models.family import Family
 from qtx.nn.bert import ACTIVATIONS, BertClassifier, BertConfig
+from qtx.nn.vit import VitConfig
 
 MODULES = {  # `{i}` is the number of a layer
     "bert.embeddings.word_embeddings": "encoder/embeddings/word",
@@ -60,6 +61,7 @@ FIELDS = {
 }
 
 Config = TypeVar("Config", bound=BertConfig)
+AnyConfig = TypeVar("AnyConfig", bound=BertConfig | VitConfig)
 
 
 def fields_of(kind: type[BertConfig]) -> dict[str, str]:
@@ -78,7 +80,7 @@ def config_to_hf(config: BertConfig) -> dict[str, Any]:
     return write_fields(config, fields_of(type(config)))
 
 
-def read_fields(hf: Mapping[str, Any], kind: type[Config], fields: Mapping[str, str]) -> Config:
+def read_fields(hf: Mapping[str, Any], kind: type[AnyConfig], fields: Mapping[str, str]) -> AnyConfig:
     """Reads a configuration of any family; keys of qtx's own stand under `qtx`.
 
     Args:
@@ -104,7 +106,7 @@ def read_fields(hf: Mapping[str, Any], kind: type[Config], fields: Mapping[str, 
     return kind(**known, num_labels=labels, **own)
 
 
-def write_fields(config: BertConfig, fields: Mapping[str, str]) -> dict[str, Any]:
+def write_fields(config: BertConfig | VitConfig, fields: Mapping[str, str]) -> dict[str, Any]:
     """Inverts `read_fields`; fields that Hugging Face has no key for go under `qtx`."""
     hf = {theirs: getattr(config, ours) for theirs, ours in fields.items()}
     hf["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}

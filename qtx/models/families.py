@@ -1,14 +1,25 @@
-"""Which model families exist. Each describes itself, as `FAMILY`, in a file of its own."""
+"""Which model families exist. Each describes itself in a file, as `FAMILY`."""
 
 from __future__ import annotations
 
 from qtx.errors import UserError
-from qtx.models import albert, bert, distilbert, encoder_decoder, mobilebert, roberta, squeezebert, text_classifier
+from qtx.models import albert, bert, distilbert, encoder_decoder, mobilebert, roberta, squeezebert, text_classifier, vit
 from qtx.models.family import Family
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY
-    for module in (bert, roberta, distilbert, albert, mobilebert, squeezebert, text_classifier, encoder_decoder)
+    family.name: family
+    for family in (
+        bert.FAMILY,
+        roberta.FAMILY,
+        distilbert.FAMILY,
+        albert.FAMILY,
+        mobilebert.FAMILY,
+        squeezebert.FAMILY,
+        vit.FAMILY,
+        vit.DEIT,
+        text_classifier.FAMILY,
+        encoder_decoder.FAMILY,
+    )
 }
 
 

@@ -8,15 +8,20 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qtx.nn.bert import BertConfig
 from qtx.nn.encoder_decoder import EncoderDecoderConfig
-from qtx.nn.sites import SiteInfo, list_sites
+from qtx.nn.sites import SiteInfo, example_inputs, list_sites
+from qtx.nn.vit import VitConfig
 
-ModelConfig = BertConfig | EncoderDecoderConfig
+ModelConfig = BertConfig | EncoderDecoderConfig | VitConfig
 """Sizes and rates of a model of any family."""
+
+
+def transposed(path: str, value: np.ndarray) -> np.ndarray:
+    """Returns the parameter of a path in the other of the two layouts: kernels are transposed, nothing else is."""
+    return value.T if path.endswith("/kernel") else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +34,14 @@ class Family:
       module: linen class; takes `config`, `dtype` and `policy`.
       config_from_hf: from the keys of `config.json`.
       config_to_hf: back.
-      modules: Hugging Face module name to qtx path, for the sizes of a configuration.
+      modules: Hugging Face module name to qtx path, for the sizes of a configuration; of tensors that are no weight or bias
+        of a module, the whole names.
       prefix: what Hugging Face puts before the encoder's tensors in a model with a head.
       fresh: qtx paths that may be missing from a checkpoint and are then initialised.
       ignored: prefixes of tensors of other heads, left out when a checkpoint is read.
-      kernel_from_hf: a weight of a linear layer, `[out, in]`, in the layout of qtx, `[in, out]`.
-      kernel_to_hf: back, for the parameter of this qtx path.
+      value_from_hf: a tensor in the layout of qtx, for the parameter of this path: weights of linear layers are `[out, in]`
+        there and `[in, out]` here.
+      value_to_hf: back, for a model of these sizes.
     """
 
     name: str
@@ -46,19 +53,23 @@ class Family:
     prefix: str
     fresh: tuple[str, ...]
     ignored: tuple[str, ...]
-    kernel_from_hf: Callable[[np.ndarray], np.ndarray] = np.transpose
-    kernel_to_hf: Callable[[str, np.ndarray], np.ndarray] = lambda path, kernel: kernel.T
+    value_from_hf: Callable[[str, np.ndarray], np.ndarray] = transposed
+    value_to_hf: Callable[[Any, str, np.ndarray], np.ndarray] = lambda config, path, value: transposed(path, value)
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of what a model is called with."""
         return self.module.inputs  # type: ignore[attr-defined]
 
-    def example_inputs(self) -> tuple[jax.Array, ...]:
-        """Returns what a model is called with, to trace it: int32 `[1, 8]` for each of its `inputs`."""
-        return (jnp.zeros((1, 8), jnp.int32),) * len(self.inputs)
+    def example_inputs(self, config: ModelConfig | None = None) -> tuple[jax.Array, ...]:
+        """Returns what a model of these sizes is called with, to trace it (`qtx.nn.sites.example_inputs`).
+
+        Args:
+          config: may be left out for models of texts, which take any length.
+        """
+        return example_inputs(self.module, config)
 
     def sites(self, config: ModelConfig) -> dict[str, SiteInfo]:
         """Returns the sites of a model of this family and size; nothing is computed."""
-        model, args = self.module(config=config), self.example_inputs()
+        model, args = self.module(config=config), self.example_inputs(config)
         return list_sites(model, jax.eval_shape(model.init, jax.random.key(0), *args), *args)

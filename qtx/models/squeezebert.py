@@ -9,7 +9,7 @@ import numpy as np
 
 from qtx.errors import UserError
 from qtx.models import bert
-from qtx.models.family import Family
+from qtx.models.family import Family, transposed
 from qtx.nn.squeezebert import SqueezeBertClassifier, SqueezeBertConfig
 
 MODULES = {  # `{i}` is the number of a layer
@@ -55,18 +55,22 @@ def config_to_hf(config: SqueezeBertConfig) -> dict[str, Any]:
     return bert.config_to_hf(config) | {"embedding_size": config.hidden_size}
 
 
-def kernel_from_hf(weight: np.ndarray) -> np.ndarray:
-    """Returns a kernel `[in / groups, out]`.
+def value_from_hf(path: str, value: np.ndarray) -> np.ndarray:
+    """Returns a parameter; a kernel is `[in / groups, out]`.
 
     Args:
-      weight: of a convolution of width 1, `[out, in / groups, 1]`, or of a linear layer of the head, `[out, in]`.
+      path: of the parameter.
+      value: of a kernel, the weight of a convolution of width 1, `[out, in / groups, 1]`, or of a linear layer of the head,
+        `[out, in]`.
     """
-    return weight.reshape(weight.shape[:2]).T
+    return value.reshape(value.shape[:2]).T if path.endswith("/kernel") else value
 
 
-def kernel_to_hf(path: str, kernel: np.ndarray) -> np.ndarray:
-    """Inverts `kernel_from_hf`: the layers hold convolutions, the head holds linear layers."""
-    return kernel.T[:, :, None] if path.startswith("encoder/") else kernel.T
+def value_to_hf(config: SqueezeBertConfig, path: str, value: np.ndarray) -> np.ndarray:
+    """Inverts `value_from_hf`: the layers hold convolutions, the head holds linear layers."""
+    if path.startswith("encoder/") and path.endswith("/kernel"):
+        return value.T[:, :, None]
+    return transposed(path, value)
 
 
 FAMILY = Family(
@@ -79,6 +83,6 @@ FAMILY = Family(
     prefix="transformer.",
     fresh=("pooler/dense", "classifier"),
     ignored=("cls.", "transformer.embeddings.position_ids"),
-    kernel_from_hf=kernel_from_hf,
-    kernel_to_hf=kernel_to_hf,
+    value_from_hf=value_from_hf,
+    value_to_hf=value_to_hf,
 )

@@ -178,7 +178,9 @@ class Embeddings(Block):
         return self.dropout(self.norm()(x, where), deterministic)
 
 
-def attend(block: Block, query, key, value, mask: jax.Array, where: jax.Array, deterministic: bool) -> jax.Array:
+def attend(
+    block: Block, query, key, value, mask: jax.Array | None, where: jax.Array | None, deterministic: bool
+) -> jax.Array:
     """Multi-head attention, with its sites in the module `block`: `{query,key,value}_heads`, `scores`, `probs`,
     `probs_dropped` and `context`.
 
@@ -187,8 +189,8 @@ def attend(block: Block, query, key, value, mask: jax.Array, where: jax.Array, d
       query: `[B, Q, D]`.
       key: `[B, T, D]`.
       value: `[B, T, D]`.
-      mask: bool `[B, T]`, or `[B, Q, T]` where it depends on the query: the keys that are seen.
-      where: bool `[B, Q, 1]`: the queries that count in calibration.
+      mask: bool `[B, T]`, or `[B, Q, T]` where it depends on the query: the keys that are seen; None: all of them.
+      where: bool `[B, Q, 1]`: the queries that count in calibration; None, as the mask then is: all of them.
       deterministic: False: dropout of the probabilities.
 
     Returns:
@@ -196,19 +198,26 @@ def attend(block: Block, query, key, value, mask: jax.Array, where: jax.Array, d
     """
     c = block.config
     shape, width = query.shape, query.shape[-1] // c.num_heads
-    seen = (mask if mask.ndim == 2 else jnp.any(mask, 1))[..., None]
+    seen = None if mask is None else (mask if mask.ndim == 2 else jnp.any(mask, 1))[..., None]
     query, key, value = (
         site(
-            block, f"{name}_heads", x.reshape(*x.shape[:2], c.num_heads, width), kind="input", where=counted[..., None]
+            block,
+            f"{name}_heads",
+            x.reshape(*x.shape[:2], c.num_heads, width),
+            kind="input",
+            where=None if counted is None else counted[..., None],
         )
         for name, x, counted in (("query", query, where), ("key", key, seen), ("value", value, seen))
     )
-    mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
-    pairs = mask & where[:, None]
+    pairs = None
+    if mask is not None and where is not None:
+        mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+        pairs = mask & where[:, None]
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
     scores = site(block, "scores", scores, where=pairs, features=False)
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    probs = nn.softmax(block.masked(scores / block.score_divisor(width), mask)).astype(block.dtype)
+    scores = scores / block.score_divisor(width)
+    probs = nn.softmax(scores if mask is None else block.masked(scores, mask)).astype(block.dtype)
     probs = site(block, "probs", probs, where=pairs, features=False)
     probs = block.dropout(probs, deterministic, c.attention_dropout)
     probs = site(block, "probs_dropped", probs, kind="input", where=pairs, features=False)

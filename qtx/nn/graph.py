@@ -18,6 +18,7 @@ devices by nodes or features is brought together first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import flax.linen as nn
@@ -141,13 +142,14 @@ def _buckets(matrix: scipy.sparse.csr_array, entries: int) -> Buckets:
     return Buckets(tuple(columns), tuple(weights), position)
 
 
-def propagate(graph: Graph, x: jax.Array) -> jax.Array:
+def propagate(graph: Graph | None, x: jax.Array) -> jax.Array:
     """Returns `A x`: the sum over the neighbours of every node, by the weights of the edges.
 
     Linear in `x`. Of `BCSR` and `Buckets` the weights are constants; of a `GraphsTuple` they are not.
 
     Args:
-      graph: from `adjacency`; or a `jraph.GraphsTuple` with weights `[E]` as its edges, which need not be symmetric.
+      graph: from `adjacency`; or a `jraph.GraphsTuple` with weights `[E]` as its edges, which need not be symmetric. None: no
+        node has a neighbour but itself.
       x: `[N, D]`; sums are in float32 at least.
 
     Returns:
@@ -156,6 +158,8 @@ def propagate(graph: Graph, x: jax.Array) -> jax.Array:
     Raises:
       UserError: if the edges of a `GraphsTuple` are not one weight each.
     """
+    if graph is None:
+        return x
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if isinstance(graph, jraph.GraphsTuple):
         weights = jnp.asarray(_edge_weights(graph), wide.dtype)
@@ -204,16 +208,17 @@ class GraphConvolution(nn.Module):
         return site(self, "input", x.astype(self.dtype), kind="input")
 
     @nn.compact
-    def __call__(self, graph: Graph | None, x: jax.Array) -> jax.Array:
+    def __call__(self, graph: Graph | None, x: jax.Array, is_propagated: bool = False) -> jax.Array:
         """Maps `[N, D]` to `[N, features]`.
 
         Args:
-          graph: see `propagate`; None: `x` is `A Q(x)` already, see `GCN.propagated`.
+          graph: see `propagate`.
           x: of every node.
+          is_propagated: `x` is `A Q(x)` already, see `GCN.propagated`.
         """
         kernel = self.param("kernel", uniform_bias(x.shape[-1]), (x.shape[-1], self.features), jnp.float32)
         kernel = site(self, "kernel", kernel, kind="weight").astype(self.dtype)
-        y = x.astype(self.dtype) @ kernel if graph is None else propagate(graph, self.entering(x) @ kernel)
+        y = x.astype(self.dtype) @ kernel if is_propagated else propagate(graph, self.entering(x) @ kernel)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
         return site(self, "output", nn.relu(y) if self.relu else y)
@@ -252,20 +257,39 @@ class GCN(nn.Module):
         ]
 
     def __call__(
-        self, graph: Graph, x: jax.Array, deterministic: bool = True, is_propagated: bool = False
+        self, graph: Graph | None, x: jax.Array, deterministic: bool = True, is_propagated: bool = False
     ) -> jax.Array:
         """Maps features `[N, D]` to logits `[N, C]`.
 
         Args:
-          graph: from `adjacency`, or a `jraph.GraphsTuple`; see `propagate`.
+          graph: see `propagate`.
           x: of every node.
           deterministic: False for training with dropout (needs the rng `dropout`).
           is_propagated: `x` is what `propagated` returned: the first layer is a matrix product.
         """
         for i, layer in enumerate(self.layers):
-            x = layer(None if is_propagated and i == 0 else graph, x)
+            x = layer(graph, x, is_propagated and i == 0)
             if i + 1 < self.num_layers:
                 x = dropout(self, x, self.dropout, deterministic)
+        return x
+
+    def entering(self, graph: Graph | None, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns what enters each layer, without dropout: the features `[N, D]`, then `[N, hidden_size]`."""
+        found = [x]
+        for layer in self.layers[:-1]:
+            found.append(layer(graph, found[-1]))
+        return tuple(found)
+
+    def attached(self, rows: Graph, x: jax.Array, entering: Sequence[jax.Array]) -> jax.Array:
+        """Returns the logits `[M, C]` of new nodes, which see the nodes of a graph and are not seen by them.
+
+        Args:
+          rows: the edges of the new nodes, `[M, N + M]`: a `BCSR`, or a `jraph.GraphsTuple` of N + M nodes.
+          x: features of the new nodes, `[M, D]`.
+          entering: of the nodes of the graph, from the method `entering`.
+        """
+        for layer, known in zip(self.layers, entering, strict=True):
+            x = layer(rows, jnp.concatenate([known, x]))[-len(x) :]
         return x
 
     def propagated(self, graph: Graph, x: jax.Array) -> jax.Array:

@@ -219,6 +219,22 @@ def list_sites(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwa
     return {name: flat[name] for name in sorted(flat)}
 
 
+def example_inputs(module: Any, config: Any, tokens: int = 8) -> tuple[jax.Array, ...]:
+    """Returns what a model is called with, to trace it.
+
+    Args:
+      module: a model or its class; it says itself in `example_inputs(config)`, or it reads ids and masks of texts.
+      config: its sizes.
+      tokens: of a text.
+
+    Returns:
+      For a model of texts int32 `[1, tokens]` for each of its `inputs`.
+    """
+    if hasattr(module, "example_inputs"):
+        return module.example_inputs(config)
+    return (jnp.zeros((1, tokens), jnp.int32),) * len(module.inputs)
+
+
 def check_policy(policy: Policy, sites: Mapping[str, SiteInfo]) -> None:
     """Raises a `UserError` if a policy does not fit a model.
 

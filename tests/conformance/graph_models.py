@@ -11,6 +11,7 @@ import scipy.sparse
 from flax import traverse_util
 
 from qtx import models
+from qtx.methods.bit_transformer import bit_policy
 from qtx.methods.bittransgnn import GraphDistillation, distillation_losses, graph_loss, vote
 from qtx.models.checkpoints import from_hf_tensors
 from qtx.nn.bert import BertClassifier, BertConfig
@@ -328,7 +329,25 @@ def kd_step(case) -> None:
     compare(case, "grad/", found)
 
 
+def quantized(case) -> None:
+    """Encoder and classifier with few states; the graph convolution in full precision, or as it was run."""
+    j, p = Joint(case), case.entry["parameters"]
+    as_run = case.kind.endswith("_bit")
+    states, bits = int(p["num_states"]), float(p["num_bits_act"])
+    policy = bit_policy(states, bits, gcn_states=states if as_run else 0, gcn_activation_bits=bits)
+    model, params = j.model(policy), j.params()
+    bank = j.bank(model, params)
+    close(case, "bank_initial", bank)
+    found = vote(model, {"params": params, "bank": {"features": bank}}, j.graph, j.given["eval_idx"])
+    close(case, "eval/cls_logit", found.text)
+    close(case, "eval/gcn_logit", found.graph)
+    close(case, "eval/pred", jnp.exp(found.logits))
+    gradients(case, j, model, params, {"features": bank})
+
+
 HANDLERS = {
+    "joint_quantized_gcn_float": quantized,
+    "joint_quantized_gcn_bit": quantized,
     "joint_classification": joint,
     "joint_regression": joint,
     "joint_static": static,

@@ -45,6 +45,7 @@ ARGUMENTS = {
         "ptq",
         "smoke",
     ],
+    "vit": ["cifar10", "mnist+ternary", "cifar10+gradual+quarter", "mnist+pretrained", "table", "smoke"],
 }
 
 
