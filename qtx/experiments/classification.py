@@ -132,6 +132,16 @@ class Classification(Experiment):
 
 
 def load_dataset(config: ConfigDict) -> data.Dataset:
+    """Loads the data set that a configuration names, with its augmented training examples if it names any."""
+    c = config.data
+    found = load_originals(config)
+    if not c.augmented:
+        return found
+    splits = found.splits | {"train": data.load_augmented(found.task, c.augmented)}
+    return dataclasses.replace(found, splits=splits)
+
+
+def load_originals(config: ConfigDict) -> data.Dataset:
     """Loads the data set that a configuration names."""
     c = config.data
     if config.task == "table":

@@ -81,7 +81,8 @@ def base() -> ConfigDict:
                 "validation": "",  # task 'table'
                 "text_columns": ("text",),  # task 'table'
                 "label_column": "label",  # task 'table'
-                "limit_train": 0,  # examples; 0: all
+                "augmented": "",  # training examples that launch/augment.py made (its workdir), in place of the task's
+                "limit_train": 0,  # examples; 0: all. Of what is augmented, not of its copies
                 "limit_eval": 0,
                 "max_length": 128,  # tokens
                 "padding": "bucket",  # or 'max'

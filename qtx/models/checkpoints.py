@@ -218,9 +218,8 @@ def load_masked_lm(name: str) -> Pretrained:
             "bert-base-uncased and roberta-base are"
         )
     # The decoder's own copy of the table: the same values, or another model.
-    table = names.get(WORD_TABLE)
     for copy in [theirs + ".weight" for theirs, ours in family.modules(config).items() if ours == "decoder"]:
-        if copy in tensors and not np.array_equal(tensors.pop(copy), table):
+        if copy in tensors and not np.array_equal(tensors.pop(copy), names.get(WORD_TABLE, ())):
             raise UserError(f"{directory}: {copy} is not the table of word embeddings; only tied heads are supported")
     return _assemble(directory, family, config, tensors)
 

@@ -9,7 +9,7 @@ Shapes: `B` batch, `T` tokens, `P` positions, `D` width, `V` vocabulary. Sites b
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -82,7 +82,8 @@ class BertMaskedLM(Block):
         assert scope is not None
         for name in ("embeddings", "word"):
             scope = scope.push(name, reuse=True)
-        return Embed(c.vocab_size, c.embedding_width, dtype=self.dtype, policy=self.policy, parent=scope).whole()
+        fields: dict[str, Any] = dict(dtype=self.dtype, policy=self.policy, parent=scope)
+        return Embed(c.vocab_size, c.embedding_width, **fields).whole()
 
 
 class RobertaMaskedLM(BertMaskedLM):
