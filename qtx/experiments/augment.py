@@ -60,13 +60,12 @@ def augment(
     workdir, started = Path(workdir), time.perf_counter()
     settings = settings or default_settings(config)
     _check(config, masked_lm, vectors, batch_size)
-    directory = models.locate(masked_lm)
+    directory, c = models.locate(masked_lm), config.data
+    rows = data.training_rows(load_originals(config), c.dir, c.seed, c.limit_train or None)
     found = models.load_masked_lm(masked_lm)
     tokenizer = data.load_tokenizer(directory)
     check_word_pieces(tokenizer, masked_lm)
     data.check_tokenizer(tokenizer, found.config.vocab_size)  # type: ignore[union-attr]
-    c = config.data
-    rows = data.training_rows(load_originals(config), c.dir, c.seed, c.limit_train or None)
     words = read_vectors(vectors)
     made_of = {
         "task": config.task,
@@ -80,17 +79,19 @@ def augment(
     path = workdir / _RECORD
     record = json.loads(path.read_text()) if path.is_file() else {}
     if record.get("checksum") != made_of["checksum"] or not (workdir / FILE).is_file():
+        path.unlink(missing_ok=True)  # of another file, which is about to be replaced
         mesh = make_mesh()
         model = found.family.module(config=found.config)
         guesses = MaskedWords(model, found.params, tokenizer, mesh, batch_size)
         augmenter = Augmenter(settings, tokenizer, guesses, NearestWords(words, mesh))
-        cache = workdir / "cache" / made_of["checksum"]
+        cache = workdir / f"parts_{made_of['checksum']}"
         done = min(SHARD * len(list(cache.glob("*.tsv"))), len(rows))
         with progress(len(rows), f"augment {config.task}", done, examples_per_step=1) as bar:
+            bar.update(done)
             lines = write_augmented(workdir / FILE, rows, augmenter, cache, bar.update)
         record = made_of | {"rows": lines, "seconds": round(time.perf_counter() - started, 1)}
         write_text(path, json.dumps(record, indent=2) + "\n")
-        shutil.rmtree(cache.parent)
+        shutil.rmtree(cache)
     columns = ["task", "examples", "copies", "rows", "seconds"]
     table = Table(columns, [[record[name] for name in columns]], title=str(workdir / FILE))
     table.print()

@@ -160,8 +160,8 @@ def candidates(
     ]
 
 
-SHARD = 512
-"""Examples that are augmented and saved together."""
+SHARD = 256
+"""Examples that are augmented and saved together: what a killed run loses, and enough to fill batches."""
 
 
 @dataclasses.dataclass(frozen=True)

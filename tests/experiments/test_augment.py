@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -18,6 +17,7 @@ from qtx.models.masked_lm import MASKED_LM
 from qtx.nn import BertConfig
 from tests.conftest import WORDS
 from tests.models.hf import make_tokenizer
+from tests.nn import tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 def parts(tmp_path):
     """A tiny random masked language model that lacks one of the words, and a file of vectors that has it."""
     family, tokenizer = MASKED_LM["bert"], make_tokenizer("bert", [*WORDS[:-1], "ti", "##me"])
-    config = BertConfig(len(tokenizer), 16, 1, 2, 32, max_positions=32, initializer_range=0.5)
-    params = jax.jit(family.module(config=config).init)(jax.random.key(0), *family.example_inputs())["params"]
+    config = BertConfig(len(tokenizer), 16, 1, 2, 32, max_positions=32)
+    params = tiny.random_params(family.module(config=config))
     models.save(tmp_path / "lm", family, config, params, tokenizer)
     rng = np.random.default_rng(0)
     lines = [" ".join([word, *map(str, rng.standard_normal(4))]) for word in ("time", "hour", "clock", "day")]

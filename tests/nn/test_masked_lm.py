@@ -12,16 +12,12 @@ TABLE = "encoder/embeddings/word/table"
 ARGS = tuple(map(jnp.asarray, tiny.inputs()))
 
 
-def made():
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(np.random.default_rng(0).standard_normal(leaf.shape), jnp.float32) * 0.3,
-        jax.eval_shape(BertMaskedLM(tiny.ONE_LAYER).init, jax.random.key(0), *ARGS)["params"],
-    )
+PLAIN = BertMaskedLM(tiny.ONE_LAYER)
 
 
 def test_sites():
-    params = made()
-    sites = list_sites(BertMaskedLM(tiny.ONE_LAYER), {"params": params}, *ARGS)
+    params = tiny.random_params(PLAIN)
+    sites = list_sites(PLAIN, {"params": params}, *ARGS)
     weights = {name for name, info in sites.items() if info.kind == "weight"}
     parameters = {"/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     assert weights == {name for name in parameters if not name.endswith("/bias")} and "decoder/bias" in parameters
@@ -37,8 +33,7 @@ def test_sites():
 
 
 def test_the_table_is_quantized_for_both_uses():
-    params = made()
-    plain = BertMaskedLM(tiny.ONE_LAYER)
+    params = tiny.random_params(PLAIN)
     rounding = symmetric(3, range="dynamic")
     quantized = BertMaskedLM(tiny.ONE_LAYER, policy=policy(weights={TABLE: rounding}))
     table = params["encoder"]["embeddings"]["word"]["table"]
@@ -46,5 +41,5 @@ def test_the_table_is_quantized_for_both_uses():
     on_grid = jnp.clip(jnp.round(table / step), -4, 3) * step
     frozen = jax.tree.map(lambda leaf: on_grid if leaf is table else leaf, params)
     got = quantized.apply({"params": params}, *ARGS).logits
-    assert jnp.abs(got - plain.apply({"params": params}, *ARGS).logits).max() > 0.01
-    np.testing.assert_allclose(got, plain.apply({"params": frozen}, *ARGS).logits, atol=1e-4)
+    assert jnp.abs(got - PLAIN.apply({"params": params}, *ARGS).logits).max() > 0.01
+    np.testing.assert_allclose(got, PLAIN.apply({"params": frozen}, *ARGS).logits, atol=1e-4)
