@@ -24,6 +24,7 @@ from qtx.data import pair_tokenizer
 from qtx.errors import UserError
 from qtx.experiments import run
 from qtx.experiments.analyze import analyze
+from qtx.experiments.augment import augment
 from qtx.experiments.compare import compare
 from qtx.experiments.config import analysis, base, changed, policy_from, quantization, sweeping
 from qtx.experiments.plan import parse_axis, parse_range, parse_seeds
@@ -770,6 +771,31 @@ KERNEL = {"kernel": jnp.ones((2, 2))}
 )
 def test_curvature_landscape_and_errors_of_layers(entry, named):
     assert named in message(entry)
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "named"),
+    [
+        ({"task": "multi30k"}, {}, "task 'multi30k' has no texts with labels"),
+        ({"task": "rtee"}, {}, "did you mean 'rte'"),
+        ({"data.augmented": "runs/x"}, {}, "data.augmented is for training"),
+        ({}, {"masked_lm": ""}, "give --masked_lm"),
+        ({}, {"masked_lm": "./none"}, "no such checkpoint directory: ./none"),
+        ({}, {}, "no trained masked-LM head"),
+        ({}, {"vectors": ""}, "give --vectors"),
+        ({}, {"vectors": "none.txt"}, "no such file of word vectors: none.txt; fetch"),
+        ({}, {"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_augmentation(tiny_config, tiny_checkpoint, tmp_path, fields, given, named):
+    (tmp_path / "vectors.txt").write_text("cat 1 2\ndog 2 1\n")
+    usual = {"masked_lm": str(tiny_checkpoint), "vectors": str(tmp_path / "vectors.txt")}
+    assert named in message(augment, changed(tiny_config, fields, "test"), tmp_path / "run", **usual | given)
+
+
+def test_augmented_data_that_are_not_there(tiny_config, tmp_path):
+    tiny_config.data.augmented = str(tmp_path / "none")
+    assert "no augmented training data at" in train(tiny_config, tmp_path)
 
 
 def squares(params, batch):

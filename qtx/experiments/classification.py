@@ -40,34 +40,9 @@ class Classification(Experiment):
     dataset: data.Dataset
 
     @classmethod
-    def make(cls, config: ConfigDict, dataset: data.Dataset | None = None) -> Classification:
-        """Loads and checks everything that a run needs, cheapest first.
-
-        Args:
-          config: the configuration.
-          dataset: what to take for the one that it names.
-
-        Raises:
-          UserError: on anything in the configuration, the data or the checkpoint that does not fit.
-        """
-        if config.task not in ("table", "folder"):
-            data.get_task(config.task)  # a slip of the pen there is no fault of the model
-        mesh = check_model(config.model, config.model_parallel)
-        _, sizes = family_and_sizes(config.model)
-        if not isinstance(sizes, BertConfig):
-            raise UserError(f"task {config.task!r} needs a model that classifies texts, unlike {config.model.name!r}")
-        directory = models.locate(config.model.tokenizer if from_nothing(config.model) else config.model.name)
-        if config.data.max_length > sizes.max_positions:
-            raise UserError(
-                f"data.max_length {config.data.max_length} exceeds the model's {sizes.max_positions} positions"
-            )
-        dataset = dataset or load_dataset(config)
-        tokenizer = data.load_tokenizer(directory)
-        data.check_tokenizer(tokenizer, sizes.vocab_size)
-        model, ranges, pretrained = load_model(config, dataset.task.num_labels)
-        length = config.data.max_length
-        encoded = {name: data.encode(tokenizer, split, length) for name, split in dataset.splits.items()}
-        return Classification(config, tokenizer, pretrained, model, ranges, encoded, mesh, dataset)
+    def make(cls, config: ConfigDict) -> Classification:
+        """Loads and checks everything that a run needs: see `prepare`."""
+        return prepare(config)
 
     @property
     def task(self) -> data.Task:
@@ -157,7 +132,45 @@ class Classification(Experiment):
         return found | ({"score": float(np.mean(scores))} if scores else {})
 
 
+def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Classification:
+    """Loads and checks everything that a run needs, cheapest first.
+
+    Args:
+      config: the configuration.
+      dataset: what to take for the one that it names.
+
+    Raises:
+      UserError: on anything in the configuration, the data or the checkpoint that does not fit.
+    """
+    if config.task not in ("table", "folder"):
+        data.get_task(config.task)  # a slip of the pen there is no fault of the model
+    mesh = check_model(config.model, config.model_parallel)
+    _, sizes = family_and_sizes(config.model)
+    if not isinstance(sizes, BertConfig):
+        raise UserError(f"task {config.task!r} needs a model that classifies texts, unlike {config.model.name!r}")
+    directory = models.locate(config.model.tokenizer if from_nothing(config.model) else config.model.name)
+    if config.data.max_length > sizes.max_positions:
+        raise UserError(f"data.max_length {config.data.max_length} exceeds the model's {sizes.max_positions} positions")
+    dataset = dataset or load_dataset(config)
+    tokenizer = data.load_tokenizer(directory)
+    data.check_tokenizer(tokenizer, sizes.vocab_size)
+    model, ranges, pretrained = load_model(config, dataset.task.num_labels)
+    length = config.data.max_length
+    encoded = {name: data.encode(tokenizer, split, length) for name, split in dataset.splits.items()}
+    return Classification(config, tokenizer, pretrained, model, ranges, encoded, mesh, dataset)
+
+
 def load_dataset(config: ConfigDict) -> data.Dataset:
+    """Loads the data set that a configuration names, with its augmented training examples if it names any."""
+    c = config.data
+    found = load_originals(config)
+    if not c.augmented:
+        return found
+    splits = found.splits | {"train": data.load_augmented(found.task, c.augmented)}
+    return dataclasses.replace(found, splits=splits)
+
+
+def load_originals(config: ConfigDict) -> data.Dataset:
     """Loads the data set that a configuration names."""
     c = config.data
     if config.task == "table":

@@ -85,7 +85,8 @@ def base() -> ConfigDict:
                 "text_columns": ("text",),  # task 'table'
                 "label_column": "label",  # task 'table'
                 "label_order": "",  # file with one class per line, in the order of the class ids; '': sorted, or the task's
-                "limit_train": 0,  # examples; 0: all
+                "augmented": "",  # training examples that launch/augment.py made (its workdir), in place of the task's
+                "limit_train": 0,  # examples; 0: all. Of what is augmented, not of its copies
                 "limit_eval": 0,
                 "max_length": 128,  # tokens
                 "padding": "bucket",  # or 'max'

@@ -6,10 +6,11 @@ calls direct separation. What the graph adds lies beside it, in `graph.safetenso
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,20 @@ from qtx import models
 from qtx.data.corpus import Corpus
 from qtx.data.text_graph import TextGraph, build_graph
 from qtx.errors import UserError, near_misses
-from qtx.experiments.classification import Classification
+from qtx.experiments.classification import Classification, prepare
 from qtx.experiments.experiment import LABELLED, load_model
 from qtx.experiments.graph import corpus_from, graph_from, settings_from, track
+from qtx.export.packed import policy_from_json, policy_to_json
 from qtx.files import whole_file
 from qtx.methods.bittransgnn import GraphDistillation, graph_loss, vote
 from qtx.nn.graph import Graph, adjacency
 from qtx.nn.sites import SiteInfo, list_sites
 from qtx.nn.text_graph import GraphConfig, StudentAndTeacher, TextGraphClassifier
-from qtx.quant.policy import Policy, Rule, matches
+from qtx.quant.policy import KINDS, Policy, Rule, matches
 from qtx.train.loop import predict
 
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
+"""Of documents, in the order of their nodes."""
 METHODS = ("dynamic", "static", "distillation", "online")
 GRAPH_PART = "graph.safetensors"
 
@@ -50,18 +54,24 @@ class GraphPart:
       params: its parameters, nested, below `gcn`.
       features: of all nodes `[N, D]`, as they were when the model was evaluated.
       fingerprint: of the documents of its graph.
+      policy: of its sites alone.
     """
 
     config: GraphConfig
     params: dict[str, Any]
     features: np.ndarray
     fingerprint: str
+    policy: Policy = Policy()
 
     def save(self, directory: Path) -> None:
         """Writes it beside a model."""
         flat = traverse_util.flatten_dict(self.params, sep="/")
         tensors = {f"gcn/{name}": np.asarray(value) for name, value in flat.items()} | {"features": self.features}
-        record = dataclasses.asdict(self.config) | {"fingerprint": self.fingerprint}
+        record = {
+            "config": dataclasses.asdict(self.config),
+            "fingerprint": self.fingerprint,
+            "policy": policy_to_json(self.policy),
+        }
         with whole_file(directory / GRAPH_PART) as partial:
             safetensors.numpy.save_file(tensors, partial, metadata={"qtx": json.dumps(record)})
 
@@ -77,9 +87,11 @@ class GraphPart:
             with safetensors.safe_open(path, framework="numpy") as file:
                 record = json.loads((file.metadata() or {})["qtx"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            features, fingerprint = tensors.pop("features"), record.pop("fingerprint")
+            features = tensors.pop("features")
             gcn = {name.removeprefix("gcn/"): jnp.asarray(value) for name, value in tensors.items()}
-            return cls(GraphConfig(**record), traverse_util.unflatten_dict(gcn, sep="/"), features, fingerprint)
+            params = traverse_util.unflatten_dict(gcn, sep="/")
+            policy = policy_from_json(record["policy"])
+            return cls(GraphConfig(**record["config"]), params, features, record["fingerprint"], policy)
         except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} cannot be read ({error}); is the file truncated?") from None
 
@@ -111,15 +123,15 @@ class GraphClassification(Classification):
         if c.method not in METHODS:
             raise UserError(f"unknown bittransgnn.method {c.method!r}{near_misses(c.method, METHODS)}")
         settings, graph_config = settings_from(config.graph), graph_config_from(c)
-        distilled = c.method == "distillation"
         GraphDistillation(0.5, c.alpha, c.temperature, c.target)  # checks its fields
-        if distilled:
-            teacher = models.locate(c.teacher) if c.teacher else None
-            if teacher is None:
+        teacher = None
+        if c.method == "distillation":
+            if not c.teacher:
                 raise UserError("bittransgnn.method 'distillation' needs a teacher: set bittransgnn.teacher")
+            teacher = models.locate(c.teacher)
             part = GraphPart.load(teacher)
         corpus = corpus_from(config)
-        base = Classification.make(config, corpus.dataset)
+        base = prepare(config, corpus.dataset)
         if getattr(base.pretrained.config, "pooler", True):
             raise UserError(
                 "BitTransGNN's classifier sees the encoder's features as they are: train or load it with model.pooler=False"
@@ -130,15 +142,18 @@ class GraphClassification(Classification):
             graph = build_graph(corpus.texts, corpus.n_train, settings, track)
         fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
         made = cls(**fields, corpus=corpus, graph=graph, votes={}, teacher_mix=0.0)
-        if distilled:
+        if teacher is not None:
             return dataclasses.replace(made, votes=made._votes_of(teacher, part), teacher_mix=part.config.mix)
         return made._joined(graph_config)
 
     def _joined(self, config: GraphConfig) -> GraphClassification:
         """Returns the experiment with the joint model, whose graph convolution is new unless the checkpoint has one."""
         text, pretrained = self.model, self.pretrained
-        model = joint_model(self.config, pretrained.family, text.config, text.dtype, text.policy)  # type: ignore
         found = part_of(pretrained.directory)
+        policy = text.policy  # type: ignore[attr-defined]
+        if found is not None and policy is not None:  # a packed model
+            policy = with_rules(policy, found.policy)
+        model = joint_model(self.config, pretrained.family, text.config, text.dtype, policy)  # type: ignore
         fresh = pretrained.fresh
         if found is None:
             gcn, fresh = _initial(self.config, pretrained), (*fresh, "gcn")
@@ -155,18 +170,15 @@ class GraphClassification(Classification):
 
     def _votes_of(self, directory: Path, part: GraphPart) -> dict[str, jax.Array]:
         """Returns what a trained model says of the training documents."""
-        section = self.config.copy_and_resolve_references()
+        section = copy.deepcopy(self.config)
         section.model.update(name=str(directory), fresh_head=False)
         module, ranges, teacher = load_model(section, self.task.num_labels)
         if part.fingerprint != self.graph.fingerprint:
             raise UserError(f"bittransgnn.teacher: {directory} was trained on a graph of other documents than these")
-        joint = TextGraphClassifier(
-            teacher.config,
-            module.dtype,
-            module.policy,
-            teacher.family.module,
-            part.config,  # type: ignore
-        )
+        sizes: Any = teacher.config
+        kind: Any = teacher.family.module
+        policy = with_rules(module.policy, part.policy)  # type: ignore[attr-defined]
+        joint = TextGraphClassifier(sizes, module.dtype, policy, kind, part.config)  # type: ignore[attr-defined]
         variables = {
             "params": teacher.params | {"gcn": part.params},
             "ranges": ranges,
@@ -183,11 +195,8 @@ class GraphClassification(Classification):
 
     def nodes(self, split: str) -> np.ndarray:
         """Returns the nodes of a split's documents, in their order; of training documents they are the `index`."""
-        sizes = {name: len(self.encoded[name]) for name in ("train", "validation", "test") if name in self.encoded}
-        names = list(sizes)
-        start = sum(sizes[name] for name in names[: names.index(split)])
-        if start >= self.graph.n_documents:
-            raise UserError(f"the split {split!r} is not in the graph, which is inductive: see launch/classify.py")
+        sizes = {name: len(self.encoded[name]) for name in SPLITS if name in self.encoded}
+        start = sum(size for name, size in sizes.items() if SPLITS.index(name) < SPLITS.index(split))
         return self.graph.document_nodes[start : start + sizes[split]]
 
     def sites(self, *args: Any) -> dict[str, SiteInfo]:
@@ -205,8 +214,7 @@ class GraphClassification(Classification):
             parts = ("student", "teacher")
             return tuple(dataclasses.replace(r, pattern=f"{part}/{r.pattern}") for part in parts for r in rules)
 
-        rules = {kind: both(getattr(policy, kind)) for kind in ("weights", "activations", "inputs")}
-        return dataclasses.replace(policy, **rules)
+        return mapped(policy, lambda kind, rules: both(rules))
 
     def training(self) -> dict[str, Any]:
         c = self.config.bittransgnn
@@ -254,7 +262,7 @@ class GraphClassification(Classification):
         return jnp.asarray(bank)
 
     def _in_graph(self, split: str) -> bool:
-        return split in ("train", "validation", "test") and not (self.graph.settings.inductive and split == "test")
+        return split in SPLITS and not (self.graph.settings.inductive and split == "test")
 
     def logits(
         self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str] = LABELLED
@@ -289,7 +297,10 @@ class GraphClassification(Classification):
         if gcn is None:
             return
         bank = variables["bank"]["features"] if "bank" in variables else self.features(trained, variables)
-        part = GraphPart(trained.graph, gcn, np.asarray(bank), self.graph.fingerprint)  # type: ignore[attr-defined]
+        rest = {name: info for name, info in self.sites().items() if name.startswith("gcn/")}
+        gcn_policy = without_unmatched(trained.policy or Policy(), rest)  # type: ignore[attr-defined]
+        gcn_config = trained.graph  # type: ignore[attr-defined]
+        part = GraphPart(gcn_config, gcn, np.asarray(bank), self.graph.fingerprint, gcn_policy)
         for name in ("model", "quantized"):
             if (workdir / name).is_dir():
                 part.save(workdir / name)
@@ -303,16 +314,23 @@ def below(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
 def without_unmatched(policy: Policy, sites: Mapping[str, SiteInfo]) -> Policy:
     """Returns a policy without the rules that match none of these sites."""
 
-    def kept(rules: Sequence[Any], kind: str) -> tuple[Any, ...]:
+    def kept(kind: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
         names = [name for name, info in sites.items() if info.kind == kind]
         return tuple(rule for rule in rules if any(matches(rule.pattern, name) for name in names))
 
-    return dataclasses.replace(
-        policy,
-        weights=kept(policy.weights, "weight"),
-        activations=kept(policy.activations, "activation"),
-        inputs=kept(policy.inputs, "input"),
-    )
+    return mapped(policy, kept)
+
+
+def with_rules(policy: Policy | None, further: Policy) -> Policy | None:
+    """Returns a policy with the rules of another one behind its own; without any, None."""
+    found = mapped(policy or Policy(), lambda kind, rules: (*rules, *further.rules(kind)))
+    return found if any(found.rules(kind) for kind in KINDS) else None
+
+
+def mapped(policy: Policy, change: Callable[[Any, Sequence[Rule]], tuple[Rule, ...]]) -> Policy:
+    """Returns a policy with `change(kind, rules)` in place of the rules of every kind."""
+    weights, activations, inputs = (change(kind, policy.rules(kind)) for kind in ("weight", "activation", "input"))
+    return dataclasses.replace(policy, weights=weights, activations=activations, inputs=inputs)
 
 
 def graph_config_from(section: ConfigDict) -> GraphConfig:
@@ -331,12 +349,15 @@ def joint_model(
     config: ConfigDict, family: models.Family, sizes: Any, dtype: Any = jnp.float32, policy: Policy | None = None
 ) -> nn.Module:
     """Returns the module that `bittransgnn.method` trains."""
-    fields: Any = (sizes, dtype, policy, family.module, graph_config_from(config.bittransgnn))
-    if config.bittransgnn.method == "online":
-        return StudentAndTeacher(*fields)
-    if config.bittransgnn.method == "distillation":
-        return family.module(*fields[:3])
-    return TextGraphClassifier(*fields, config.bittransgnn.method == "dynamic")
+    method, kind = config.bittransgnn.method, family.module
+    if method == "distillation":
+        return kind(sizes, dtype, policy)  # type: ignore[call-arg]
+    fields: Any = (sizes, dtype, policy, kind, graph_config_from(config.bittransgnn))
+    return (
+        StudentAndTeacher(*fields)
+        if method == "online"
+        else TextGraphClassifier(*fields, recompute=method == "dynamic")
+    )
 
 
 def graph_sites(config: ConfigDict, family: models.Family, sizes: Any) -> dict[str, SiteInfo]:

@@ -25,7 +25,9 @@ def setup(config: ConfigDict) -> Experiment:
       UserError: on anything in the configuration, the data or the checkpoint that does not fit.
     """
     if config.bittransgnn.method and config.task in (*translation.TASKS, *images.TASKS):
-        raise UserError(f"bittransgnn.method is for texts with labels, not for the task {config.task!r}; leave it empty")
+        raise UserError(
+            f"bittransgnn.method is for texts with labels, not for the task {config.task!r}; leave it empty"
+        )
     if config.task in translation.TASKS:
         return translation.Translation.make(config)
     if config.task in images.TASKS:

@@ -1,6 +1,16 @@
 """Model families and their checkpoints."""
 
-from qtx.models.checkpoints import ARCHITECTURES, Pretrained, architecture, create, load, locate, read_config, save
+from qtx.models.checkpoints import (
+    ARCHITECTURES,
+    Pretrained,
+    architecture,
+    create,
+    load,
+    load_masked_lm,
+    locate,
+    read_config,
+    save,
+)
 from qtx.models.families import FAMILIES, get_family
 from qtx.models.family import Family, ModelConfig
 
@@ -14,6 +24,7 @@ __all__ = [
     "create",
     "get_family",
     "load",
+    "load_masked_lm",
     "locate",
     "read_config",
     "save",

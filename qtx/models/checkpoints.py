@@ -23,6 +23,7 @@ from qtx.files import whole_file, write_text
 from qtx.models import text_classifier, vit
 from qtx.models.families import get_family
 from qtx.models.family import Family, ModelConfig
+from qtx.models.masked_lm import MASKED_LM, WORD_TABLE
 from qtx.nn.bert import BertConfig
 from qtx.nn.text_classifier import TextClassifierConfig
 
@@ -216,8 +217,47 @@ def load(
     overrides |= {} if num_labels is None else {"num_labels": num_labels}
     _check_fields(family, config, overrides)
     config = dataclasses.replace(config, **overrides)
-    tensors = _read_tensors(directory)
+    return _assemble(directory, family, config, _read_tensors(directory), fresh_head, seed)
 
+
+def load_masked_lm(name: str) -> Pretrained:
+    """Loads a masked language model: an encoder with the head it was pre-trained with (`qtx.nn.masked_lm`).
+
+    Args:
+      name: see `locate`.
+
+    Raises:
+      UserError: on a family without such a head, a checkpoint that holds none, and as `load` does.
+    """
+    directory = locate(name)
+    found, config = read_config(directory)
+    if found.name not in MASKED_LM:
+        has = ", ".join(MASKED_LM)
+        raise UserError(f"{directory}: qtx has no masked-LM head for {found.name}; give a checkpoint of: {has}")
+    family, tensors = MASKED_LM[found.name], _read_tensors(directory)
+    names = {parameter_name(family, config, name): value for name, value in tensors.items()}
+    if "decoder/bias" not in names or "transform/dense/kernel" not in names:
+        head = next(theirs for theirs, ours in family.modules(config).items() if ours == "transform/dense")
+        raise UserError(
+            f"{directory} has no trained masked-LM head ({head} and others); give a checkpoint of {family.architecture}, as "
+            "bert-base-uncased and roberta-base are"
+        )
+    # The decoder's own copy of the table: the same values, or another model.
+    for copy in [theirs + ".weight" for theirs, ours in family.modules(config).items() if ours == "decoder"]:
+        if copy in tensors and not np.array_equal(tensors.pop(copy), names.get(WORD_TABLE, ())):
+            raise UserError(f"{directory}: {copy} is not the table of word embeddings; only tied heads are supported")
+    return _assemble(directory, family, config, tensors)
+
+
+def _assemble(
+    directory: Path,
+    family: Family,
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    fresh_head: bool = False,
+    seed: int = 0,
+) -> Pretrained:
+    """Returns a model of the tensors of a checkpoint, or raises a `UserError` if they do not fit."""
     expected = _shapes(family, config)
     found, extra = from_hf_tensors(family, config, tensors)
     if fresh_head:

@@ -158,7 +158,7 @@ class TextGraphClassifier(Block):
           index: int `[B]`, nodes of the documents; -1 in filler rows, whose outputs mean nothing.
           deterministic: False for training with dropout.
         """
-        bank = self.get_variable("bank", "features")
+        bank: Any = self.get_variable("bank", "features")
         nodes = jnp.arange(len(index)) if bank is None else index
         if self.recompute or bank is None:
             outputs = self.text(input_ids, attention_mask, token_type_ids, deterministic)
@@ -166,7 +166,7 @@ class TextGraphClassifier(Block):
         else:
             features = bank[nodes]
             text = self.head(features)
-        propagated = None if self.recompute else self.get_variable("bank", "propagated")
+        propagated: Any = None if self.recompute else self.get_variable("bank", "propagated")
         if bank is None:
             bank = features
         elif self.recompute:
@@ -175,7 +175,8 @@ class TextGraphClassifier(Block):
             bank = jax.lax.stop_gradient(bank).at[places].set(features.astype(bank.dtype), mode="drop")
             if self.is_mutable_collection("bank"):
                 self.put_variable("bank", "features", jax.lax.stop_gradient(bank))
-        adjacency, x = self.get_variable("graph", "adjacency"), bank if propagated is None else propagated
+        adjacency: Any = self.get_variable("graph", "adjacency")
+        x = bank if propagated is None else propagated
         votes = self.gcn(adjacency, x, deterministic, is_propagated=propagated is not None)[nodes]
         votes = votes.astype(jnp.promote_types(votes.dtype, jnp.float32))
         return GraphOutputs(mixture(votes, text, self.graph.mix), text, votes, features)

@@ -90,7 +90,11 @@ class Joint:
         return traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in found.items()}, sep="/")
 
     def model(self, policy=None, mix: float | None = None) -> TextGraphClassifier:
-        hidden = len(self.params("teacher" if "batch" in self.given and self.has_teacher else "param")["gcn"]["layer_0"]["kernel"].T)
+        hidden = len(
+            self.params("teacher" if "batch" in self.given and self.has_teacher else "param")["gcn"]["layer_0"][
+                "kernel"
+            ].T
+        )
         graph = GraphConfig(self.sizes["lmbd"] if mix is None else mix, hidden, dropout=self.sizes["dropout"])
         return TextGraphClassifier(self.config, policy=policy, graph=graph)
 
@@ -183,8 +187,20 @@ def compare(case, prefix: str, params: Any, floor=None) -> None:
         else:
             stem = stem.removeprefix("bert_model.")
             path = modules.get(stem) or modules[f"bert.{stem}"]
-        value = next(flat[p] for kind in (leaf, "kernel", "table", "scale") if (p := f"{path}/{kind}") in flat and (kind != "bias" or leaf == "bias"))
-        value = value.T if leaf == "weight" and expected.ndim == 2 and "table" not in str(path) and value.shape != expected.shape or (path + "/kernel" in flat and leaf == "weight") else value
+        value = next(
+            flat[p]
+            for kind in (leaf, "kernel", "table", "scale")
+            if (p := f"{path}/{kind}") in flat and (kind != "bias" or leaf == "bias")
+        )
+        value = (
+            value.T
+            if leaf == "weight"
+            and expected.ndim == 2
+            and "table" not in str(path)
+            and value.shape != expected.shape
+            or (path + "/kernel" in flat and leaf == "weight")
+            else value
+        )
         close(case, name, value, None if floor is None else floor(path))
 
 
@@ -319,7 +335,9 @@ def kd_step(case) -> None:
             return student.apply({"params": params}, *(batch[name] for name in student.inputs)), {}
 
         total, weight, parts = objective(Forward(run), batch, {"graph": votes.graph, "text": votes.text})
-        return total / weight, {name: part / weight for name, part in parts.items()} | {"logits": run(batch, 0)[0].logits}
+        return total / weight, {name: part / weight for name, part in parts.items()} | {
+            "logits": run(batch, 0)[0].logits
+        }
 
     (total, parts), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(j.params("student"))
     close(case, "total", total)
