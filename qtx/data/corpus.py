@@ -59,14 +59,17 @@ def make_corpus(dataset: Dataset, words: str = "published", tokenizer: PreTraine
         texts = [with_backslashes(text) for text in columns[0]]
     elif words == "cleaned":
         if len(columns) > 1:
-            raise UserError(f"task {dataset.task.name!r} has pairs of texts, and 'cleaned' takes single ones; use 'basic'")
+            raise UserError(
+                f"task {dataset.task.name!r} has pairs of texts, and 'cleaned' takes single ones; use 'basic'"
+            )
         texts = clean_corpus(columns[0])
     else:
         texts = basic_words(columns, tokenizer)
     has_words = np.array([bool(text) for text in texts])
     if not has_words.any():
         raise UserError(f"{dataset.task.name}: all {len(texts)} documents are empty after cleaning; check the texts")
-    kept, start = {}, 0
+    kept: dict[str, Examples] = {}
+    start = 0
     for name, split in splits.items():
         rows = np.flatnonzero(has_words[start : start + len(split)])
         start += len(split)
@@ -93,7 +96,9 @@ def published_splits(dataset: Dataset) -> Dataset:
         return dataset
     test_name = "test" if task.name == "mrpc" else "validation"
     if test_name not in splits:
-        raise UserError(f"graphs of {task.name} need its test examples with labels: put test_labelled.tsv beside train.tsv")
+        raise UserError(
+            f"graphs of {task.name} need its test examples with labels: put test_labelled.tsv beside train.tsv"
+        )
     train, test = splits["train"], splits[test_name]
     if task.name == "mrpc":
         train = _joined(train, splits["validation"])

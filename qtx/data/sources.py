@@ -1,4 +1,4 @@
-"""Where texts and labels come from: files of GLUE, AG_NEWS and TextGCN, tensorflow-datasets, pip packages, the user's own files.
+"""Where texts and labels come from: GLUE, AG_NEWS and TextGCN files, tensorflow-datasets, pip packages, the user's files.
 
 Everything is read before it is returned, and what is wrong with a file is said with its name and line.
 """
@@ -197,7 +197,9 @@ def with_label_order(dataset: Dataset, path: str | os.PathLike[str]) -> Dataset:
             raise UserError(f"{path}, line {line}: {fault}")
     if len(names) < task.num_labels:
         missing = next(name for name in task.labels if name not in names)
-        raise UserError(f"{path} names {len(names)} of {task.num_labels} classes of {task.name}; {missing!r} is missing")
+        raise UserError(
+            f"{path} names {len(names)} of {task.num_labels} classes of {task.name}; {missing!r} is missing"
+        )
     ids = np.array([names.index(name) for name in task.labels], np.int32)
     splits = {name: Examples(split.texts, ids[split.labels]) for name, split in dataset.splits.items()}
     return Dataset(dataclasses.replace(task, labels=tuple(names)), splits)

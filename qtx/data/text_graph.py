@@ -17,7 +17,6 @@ import os
 import zipfile
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -334,7 +333,9 @@ def load_graph(path: str | os.PathLike[str]) -> TextGraph:
             arrays = {name: file[name] for name in file.files}
         record = json.loads(_as_text(arrays["record"]))
         if (record["format"], record["version"]) != (_FORMAT, _VERSION):
-            raise UserError(f"{path} is a {record['format']} of version {record['version']}, not {_VERSION}; build it again")
+            raise UserError(
+                f"{path} is a {record['format']} of version {record['version']}, not {_VERSION}; build it again"
+            )
         vocabulary = tuple(_as_text(arrays["vocabulary"]).split("\n"))
         documents, nodes = (len(arrays[f"{name}_indptr"]) - 1 for name in ("counts", "raw"))
         raw, counts = (

@@ -1,6 +1,6 @@
 """The corpora of TextGCN (Yao, Mao and Luo 2019): 20ng, R8, R52, ohsumed and mr, with the published splits.
 
-`NAME.txt` has a line for each document, `name<TAB>split<TAB>label`; `corpus/NAME.txt` has its text on the line of the same number.
+`NAME.txt` has a line for each document, `name<TAB>split<TAB>label`; its text is on the same line of `corpus/NAME.txt`.
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ def _read_index(path: Path, task: Task) -> tuple[list[int], list[bool]]:
         if label not in ids:
             raise UserError(f"{path}, line {number}: unknown label {label!r}{near_misses(label, task.labels)}")
         if ("train" in split) == ("test" in split):
-            raise UserError(f"{path}, line {number}: the split {split!r} must name one of train and test; repair the line")
+            raise UserError(
+                f"{path}, line {number}: the split {split!r} must name one of train and test; repair the line"
+            )
         labels.append(ids[label])
         is_train.append("train" in split)
     return labels, is_train

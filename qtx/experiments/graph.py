@@ -89,7 +89,12 @@ def table_of(graph: TextGraph, corpus: Corpus, task: str, seconds: float) -> Tab
     rows += [("seconds", f"{seconds:.1f}"), ("MiB of memory at most", round(peak / 2**20))]
     kind = "inductive" if graph.settings.inductive else "transductive: counted over test documents, too"
     title = f"{task}, {graph.settings.adj_type}, {kind}"
-    return Table(("graph", "count"), [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in rows], {}, title)
+    return Table(
+        ("graph", "count"),
+        [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in rows],
+        {},
+        title,
+    )
 
 
 def track(items: Sequence[Any], description: str) -> Iterator[Any]:
