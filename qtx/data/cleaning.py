@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import re
+import string
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -35,18 +36,27 @@ STOP_WORDS = frozenset(
     + [f"{stem}'t" for stem in _WITH_FORMS.split() if stem != "ain"]
 )
 
-_DROPPED = re.compile(r"[^A-Za-z0-9(),!?'`]+")
+
+class _Kept(dict[int, str]):
+    """A table for `str.translate` with a blank for every character that is not in it."""
+
+    def __missing__(self, code: int) -> str:
+        return " "
+
+
+_ALLOWED = string.ascii_letters + string.digits + "(),!?'`"
+_KEPT = _Kept({code: chr(code) if chr(code) in _ALLOWED else " " for code in range(256)})  # calls for others are slow
 _SUFFIXES = ("'s", "'ve", "n't", "'re", "'d", "'ll")
 
 
 def clean_string(text: str) -> str:
     """Cleans one text as TextGCN does.
 
-    Everything but ASCII letters, digits and ``( ) , ! ? ' ` `` becomes a blank; `'s`, `'ve`, `n't`, `'re`, `'d`, `'ll` are split
-    off, wherever they stand; punctuation stands alone, brackets and question marks behind a backslash; then lower case. So
-    `DON'T` is not split, and `don't` is.
+    Everything but ASCII letters, digits and ``( ) , ! ? ' ` `` becomes a blank; `'s`, `'ve`, `n't`, `'re`, `'d`, `'ll` are
+    split off, wherever they stand; punctuation stands alone, brackets and question marks behind a backslash; then lower
+    case. So `DON'T` is not split, and `don't` is.
     """
-    text = _DROPPED.sub(" ", text)
+    text = text.translate(_KEPT)
     for suffix in _SUFFIXES:
         text = text.replace(suffix, f" {suffix}")
     for mark in ",!":

@@ -1,4 +1,4 @@
-"""Where texts and labels come from: files of GLUE, AG_NEWS and TextGCN, tensorflow-datasets, pip packages, the user's own files.
+"""Where texts and labels come from: GLUE, AG_NEWS and TextGCN files, tensorflow-datasets, pip packages, the user's files.
 
 Everything is read before it is returned, and what is wrong with a file is said with its name and line.
 """

@@ -1,6 +1,6 @@
 """The corpora of TextGCN (Yao, Mao and Luo 2019): 20ng, R8, R52, ohsumed and mr, with the published splits.
 
-`NAME.txt` has a line for each document, `name<TAB>split<TAB>label`; `corpus/NAME.txt` has its text on the line of the same number.
+`NAME.txt` has a line for each document, `name<TAB>split<TAB>label`; its text is on the same line of `corpus/NAME.txt`.
 """
 
 from __future__ import annotations
