@@ -62,6 +62,7 @@ def base() -> ConfigDict:
                 "start": placeholder(
                     str
                 ),  # of a model from nothing: a BERT checkpoint whose embeddings and attention it gets
+                "layers": (),  # of a checkpoint: those that are kept, from 0, such as every second one; (): all
                 "fresh_head": True,  # initialise pooler and classifier anew
                 "pooling": "cls",  # or 'mean'
                 "hidden_dropout": placeholder(float),  # None: as in the checkpoint

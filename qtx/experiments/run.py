@@ -178,12 +178,13 @@ def save_trained(
     if not experiment.config.save_models:
         return
     family, sizes = experiment.pretrained.family, experiment.pretrained.config
-    models.save(workdir / "model", family, sizes, variables["params"], experiment.tokenizer)
+    models.save(workdir / "model", family, sizes, variables["params"], experiment.tokenizer, experiment.labels)
     if policy is not None and packable(policy):
         trained = last.model.policy  # type: ignore[attr-defined]
         params = experiment.frozen(last.model, variables)[1]["params"]
         ranges = variables["ranges"]
-        save_quantized(workdir / "quantized", family, sizes, trained, params, ranges, experiment.tokenizer)
+        kept = experiment.tokenizer, experiment.labels
+        save_quantized(workdir / "quantized", family, sizes, trained, params, ranges, *kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +257,8 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     after = experiment.evaluate(quantized.model, quantized.variables)
     family, sizes = experiment.pretrained.family, experiment.pretrained.config
     directory = workdir / "quantized"
-    size = save_quantized(directory, family, sizes, policy, quantized.params, quantized.ranges, experiment.tokenizer)
+    kept = experiment.tokenizer, experiment.labels
+    size = save_quantized(directory, family, sizes, policy, quantized.params, quantized.ranges, *kept)
     if not config.save_models:
         shutil.rmtree(directory)  # written to be counted
     if quantized.rounding is not None:
