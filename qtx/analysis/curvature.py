@@ -159,9 +159,9 @@ def top_eigenvalues_by_batch(
     keys = jax.random.split(key, jax.tree.leaves(batches)[0].shape[0])
     found: list[np.ndarray] = []
     with progress(len(keys), "top eigenvalues") as bar:
-        for number, key in enumerate(keys):
+        for number, first in enumerate(keys):
             alone = jax.tree.map(lambda x, number=number: x[number : number + 1], batches)
-            top = _top(bound(loss), params, alone, key, tolerance, None, count=count, iterations=iterations)
+            top = _top(bound(loss), params, alone, first, tolerance, None, count=count, iterations=iterations)
             found.append(np.asarray(top.values))
             bar.update(number + 1, largest=float(found[-1][0]))
     return np.stack(found)
@@ -249,7 +249,7 @@ class Trace(NamedTuple):
           tensors: their numbers; None: all.
         """
         chosen = self.samples if tensors is None else self.samples[:, list(tensors)]
-        sums = np.sum(chosen, 1, dtype=np.float64)
+        sums = np.asarray(np.sum(chosen, 1, dtype=np.float64))
         error = np.std(sums, ddof=1) / np.sqrt(len(sums)) if len(sums) > 1 else np.nan
         return float(np.mean(sums)), float(error)
 
@@ -335,8 +335,8 @@ def density(loss: Loss, params: Any, batches: Any, key: jax.Array, steps: int = 
     _check_count(steps, params)
     found = []
     with progress(runs, "density") as bar:
-        for number, key in enumerate(jax.random.split(key, runs), 1):
-            found.append(jax.device_get(_density(bound(loss), params, batches, key, steps=steps)))
+        for number, first in enumerate(jax.random.split(key, runs), 1):
+            found.append(jax.device_get(_density(bound(loss), params, batches, first, steps=steps)))
             bar.update(number)
     return Density(*map(np.stack, zip(*found, strict=True)))
 
@@ -379,6 +379,31 @@ def _density(loss, params, batches, key, *, steps):
 
 
 # --- Reports ---
+
+
+def summary_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Returns a row for each model.
+
+    Args:
+      found: by model: `loss`, and, where they were measured, `eigenvalues` of any shape, `trace` `[S, tensors]` and
+        `density_values` with `density_weights`, `[R, S]`.
+    """
+    columns = ["model", "loss", "greatest eigenvalue", "median of positive", "median of negative", "trace", "above 0"]
+    rows = []
+    for model, values in found.items():
+        row: list[Any] = [model, float(values["loss"]), None, None, None, None, None]
+        if "eigenvalues" in values:
+            top = np.ravel(values["eigenvalues"])
+            row[2] = float(top[np.argmax(np.abs(top))])
+            row[3:5] = [float(np.median(side)) if side.size else None for side in (top[top > 0], top[top < 0])]
+        if "trace" in values:
+            row[5] = Trace(values["trace"]).value
+        if "density_values" in values:
+            row[6] = float(np.mean(np.sum(values["density_weights"], -1, where=values["density_values"] > 0)))
+        rows.append(row)
+    kept = [i for i in range(len(columns)) if i < 2 or any(row[i] is not None for row in rows)]
+    formats = dict.fromkeys(columns[1:6], ".4g") | {"above 0": ".1%"}
+    return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], formats)
 
 
 def eigenvalues_table(found: Mapping[str, Any]) -> Table:

@@ -184,7 +184,23 @@ def _evaluate(loss, params, batches, directions, points):
     return jax.vmap(at)(points)
 
 
-# --- Plots ---
+# --- Reports ---
+
+
+def summary_table(found: Mapping[str, Landscape], centers: Mapping[str, float]) -> Table:
+    """Returns a row for each model: the loss at its parameters, and the lowest, mean and highest on the grid.
+
+    Args:
+      found: by model.
+      centers: the losses at the parameters themselves.
+    """
+    rows = []
+    for name, each in found.items():
+        finite = each.losses[np.isfinite(each.losses)]
+        numbers = [float(f(finite)) for f in (np.min, np.mean, np.max)] if finite.size else [None] * 3
+        rows.append([name, centers[name], *numbers, each.losses.size - finite.size])
+    columns = ["model", "loss", "lowest", "mean", "highest", "not finite"]
+    return Table(columns, rows, dict.fromkeys(columns[1:5], ".4f"))
 
 
 def plot_contours(found: Mapping[str, Landscape], path: str | os.PathLike[str], levels: int = 20) -> None:

@@ -89,9 +89,7 @@ class Classification(Experiment):
             shard_count=jax.process_count(),
         )
 
-    def first_batches(
-        self, count: int, batch_size: int, split: str = "train"
-    ) -> Sequence[Mapping[str, np.ndarray]]:
+    def first_batches(self, count: int, batch_size: int, split: str = "train") -> Sequence[Mapping[str, np.ndarray]]:
         encoded = self.encoded[split]
         longest = bucket_lengths(encoded.lengths, self.config.data.max_length, 1, self.config.data.padding)
         found = Batches(encoded, batch_size, longest, seed=self.config.seed, pad_id=self.pretrained.config.pad_token_id)

@@ -221,7 +221,9 @@ def load_model(
         rates["pooling"] = config.model.pooling
     if directory is None:
         if config.model.layers:
-            raise UserError(f"model.layers is for checkpoints, but {config.model.name} is made from nothing; leave it out")
+            raise UserError(
+                f"model.layers is for checkpoints, but {config.model.name} is made from nothing; leave it out"
+            )
         rates = config.model.sizes.to_dict() | sizes | rates
         pretrained = models.create(config.model.name, num_labels, config.seed, config.model.start, **rates)
     else:

@@ -19,7 +19,6 @@ from qtx.methods.distillation import LOSS_SETS, LOSSES, Teacher, distillation_ph
 from qtx.methods.teacher_intervention import intervention_phase, untrained_padding
 from qtx.train.phase import Phase
 
-
 _SHOWN = 4  # labels in an error
 
 

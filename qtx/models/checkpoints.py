@@ -118,7 +118,12 @@ def read_labels(directory: Path) -> tuple[str, ...]:
     """
     hf = _read_hf(directory)
     numbered = hf.get("id2label") or {number: label for label, number in (hf.get("label2id") or {}).items()}
-    labels = tuple(str(numbered[key]) for key in sorted(numbered, key=int))
+    try:
+        labels = tuple(str(numbered[key]) for key in sorted(numbered, key=int))
+    except ValueError:
+        raise UserError(
+            f"{directory / 'config.json'}: id2label must number the classes, not {list(numbered)}"
+        ) from None
     return () if all(re.fullmatch(r"(LABEL_)?\d+", label) for label in labels) else labels
 
 
