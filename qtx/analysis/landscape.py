@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from matplotlib.ticker import MaxNLocator
 
 from qtx.analysis.losses import Loss, bound, mean_loss
 from qtx.errors import UserError, near_misses
@@ -204,12 +205,12 @@ def summary_table(found: Mapping[str, Landscape], centers: Mapping[str, float]) 
 
 
 def plot_contours(found: Mapping[str, Landscape], path: str | os.PathLike[str], levels: int = 20) -> None:
-    """Draws two-dimensional landscapes side by side, with the same levels.
+    """Draws two-dimensional landscapes side by side, with the same colours; what is not finite stays white.
 
     Args:
       found: by model.
       path: of the PNG.
-      levels: how many lines at most, about.
+      levels: how many steps of colour at most.
 
     Raises:
       UserError: a landscape that is not two by two points at least, or no finite loss.
@@ -221,14 +222,19 @@ def plot_contours(found: Mapping[str, Landscape], path: str | os.PathLike[str], 
     if not finite.size:
         raise UserError("no finite loss to plot: look at the parameters and the reach of the axes")
     low, high = float(finite.min()), float(finite.max())
-    edges = np.linspace(low, high if high > low else low + 1.0, levels)
-    figure, grid = new_figure(4.2 * len(found), 3.8, columns=len(found))
+    edges = MaxNLocator(levels).tick_values(low, high if high > low else low + 1.0)
+    figure, grid = new_figure(3.9 * len(found) + 0.8, 3.9, columns=len(found))
     for axes, (name, each) in zip(grid[0], found.items(), strict=True):
-        drawn = axes.contour(*each.axes, each.losses, levels=edges, cmap="viridis", linewidths=1)
-        axes.clabel(drawn, fontsize=6, fmt="%.3g")
+        drawn = axes.contourf(*each.axes, each.losses, levels=edges, cmap="viridis")
+        axes.contour(*each.axes, each.losses, levels=edges, colors="white", linewidths=0.4)
+        axes.plot(0, 0, "+", color="white", markersize=9, markeredgewidth=1.6)  # the model itself
         axes.set_aspect("equal")
         axes.set_title(name, fontsize=9, color=INK, loc="left")
         axes.tick_params(labelsize=7)
+    bar = figure.colorbar(drawn, ax=list(grid[0]), shrink=0.85, pad=0.02)
+    bar.set_label("loss", fontsize=9, color=INK)
+    bar.ax.tick_params(labelsize=7, length=2)
+    bar.outline.set_visible(False)
     figure.supxlabel("multiple of the first direction", fontsize=9, color=INK)
     figure.supylabel("of the second", fontsize=9, color=INK)
     save_figure(figure, path)

@@ -77,7 +77,7 @@ def layer_errors(
             bar.update(done)
     assert total is not None
     sums, weight = jax.device_get(total)
-    return {name: values / weight for name, values in sums.items()}
+    return {name: sums[name] / weight for name in quantities}
 
 
 def check(
