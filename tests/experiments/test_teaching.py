@@ -142,9 +142,9 @@ def test_a_student_of_some_of_the_layers(teacher, deep, tmp_path, rule, kept):
         "model.layers": kept,
         "teacher.name": str(deep),
         "teacher.layers": rule,
-        "recipe": ("qat",),
-        "phases.qat.losses": "teacher_intervention",
-        "phases.qat.steps": 1,
+        "recipe": ("finetune",),
+        "phases.finetune.losses": "teacher_intervention",
+        "phases.finetune.steps": 1,
         "save_models": rule == "every",
     }
     config = changed(teacher, changes, "test")
@@ -157,7 +157,7 @@ def test_a_student_of_some_of_the_layers(teacher, deep, tmp_path, rule, kept):
     assert recipe[0].objective.layers == ((0, kept[0]), (1, kept[1]))
     if rule == "every":
         found = train_and_evaluate(config, tmp_path)
-        assert np.isfinite(found["metrics"]["qat"]["score"])
+        assert np.isfinite(found["metrics"]["finetune"]["score"])
         assert read_config(tmp_path / "model")[1].num_layers == 2
 
 
