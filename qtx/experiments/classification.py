@@ -56,6 +56,10 @@ class Classification(Experiment):
         assert isinstance(sizes, BertConfig), "only models of texts are padded"
         return sizes.pad_token_id
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.task.labels
+
     def batches(self, split: str, batch_size: int, shuffle: bool, epochs: int | None, seed: int = 0) -> Batches:
         """Returns the batches of a split."""
         encoded, c = self.encoded[split], self.config.data
@@ -72,8 +76,8 @@ class Classification(Experiment):
             shard_count=jax.process_count(),
         )
 
-    def first_batches(self, count: int, batch_size: int) -> Sequence[Mapping[str, np.ndarray]]:
-        encoded = self.encoded["train"]
+    def first_batches(self, count: int, batch_size: int, split: str = "train") -> Sequence[Mapping[str, np.ndarray]]:
+        encoded = self.encoded[split]
         longest = bucket_lengths(encoded.lengths, self.config.data.max_length, 1, self.config.data.padding)
         found = Batches(encoded, batch_size, longest, seed=self.config.seed, pad_id=self.pad_id)
         return [b for b in (found[i] for i in range(found.batches_per_epoch)) if b["weights"].all()][:count]

@@ -64,6 +64,7 @@ def base() -> ConfigDict:
                 "start": placeholder(
                     str
                 ),  # of a model from nothing: a BERT checkpoint whose embeddings and attention it gets
+                "layers": (),  # of a checkpoint: those that are kept, from 0, such as every second one; (): all
                 "fresh_head": True,  # initialise pooler and classifier anew
                 "pooling": "cls",  # of a fresh head: or 'mean'
                 "pooler": True,  # of a fresh head: a dense layer before the classifier
@@ -350,6 +351,40 @@ def analysis() -> ConfigDict:
             },
             "weights": {
                 "bins": 100,  # of each histogram
+            },
+            # The versions of the model that the analyses below compare.
+            "models": ("full_precision", "quantized"),
+            "also": (),  # further checkpoints of the same sizes, quantized likewise: (name, directory), ...
+            "curvature": {
+                "split": "validation",
+                "batches": 4,
+                "batch_size": 1,  # one example each, as in the figure
+                "norms": 0.0,  # of the sum of norms of all parameters in the loss; 0.01 as published
+                "params": ("**",),  # patterns of the parameters that the Hessian is of
+                "eigenvalues": 3,  # of greatest magnitude, of every batch for itself; 0: none
+                "iterations": 30,  # of each at most, 100 as published
+                "tolerance": 1e-3,  # relative: an eigenvalue or trace that changes by less is found
+                "samples": 30,  # of the trace at most, 100 as published; 0: no trace
+                "steps": 20,  # of Lanczos, each of which keeps a vector as long as the parameters; 0: no density
+                "runs": 1,  # of Lanczos, whose mean is the density
+            },
+            "landscape": {
+                "split": "train",
+                "batches": 1,
+                "batch_size": 32,
+                "norms": 0.0,
+                "directions": 2,  # 1: a curve, 2: contours
+                "reach": 0.5,  # multiples of the directions go from -reach to reach
+                "points": 11,  # on each axis; 21 are usual
+                "shared_norms": "inputs",  # 'outputs': one norm for all weights of an output
+                "still": (),  # patterns of parameters that do not move, such as the table of positions
+                "together": 4,  # points that run side by side
+            },
+            "layer_errors": {  # against `teacher`, with its rules for layers and padding
+                "split": "validation",
+                "batches": 8,
+                "batch_size": 32,
+                "quantities": ("self_output", "attention_output", "hidden_states"),
             },
             "memory": {
                 "batch_size": 1,  # of the activations

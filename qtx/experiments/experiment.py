@@ -61,6 +61,11 @@ class Experiment(abc.ABC):
         """What the model is applied to."""
         return {"params": self.pretrained.params, "ranges": self.ranges}
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, which a saved model keeps; () where there are none."""
+        return ()
+
     def frozen(self, model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """Returns a module and its variables with quantized weights on their grids, as `quant` wants them evaluated."""
         policy = model.policy  # type: ignore[attr-defined]
@@ -105,11 +110,12 @@ class Experiment(abc.ABC):
           variables: what training ended with.
         """
         family, sizes = self.pretrained.family, self.pretrained.config
-        models.save(workdir / "model", family, sizes, variables["params"], self.tokenizer)
+        models.save(workdir / "model", family, sizes, variables["params"], self.tokenizer, self.labels)
         if policy is not None and packable(policy):
             params = self.frozen(trained, variables)[1]["params"]
             chosen = trained.policy  # type: ignore[attr-defined]
-            save_quantized(workdir / "quantized", family, sizes, chosen, params, variables["ranges"], self.tokenizer)
+            kept = self.tokenizer, self.labels
+            save_quantized(workdir / "quantized", family, sizes, chosen, params, variables["ranges"], *kept)
 
     @abc.abstractmethod
     def batches(self, split: str, batch_size: int, shuffle: bool, epochs: int | None, seed: int = 0) -> Any:
@@ -227,6 +233,8 @@ def load_model(
     dtype = DTYPES[config.model.dtype]
     directory = None if from_nothing(config.model) else models.locate(config.model.name)
     if directory is not None and (directory / WEIGHTS_FILE).is_file():
+        if config.model.layers:
+            raise UserError(f"model.layers: {config.model.name} is a packed artifact; give a float checkpoint")
         artifact = load_quantized(directory)
         theirs = getattr(artifact.config, "num_labels", None)
         if theirs != num_labels:
@@ -238,10 +246,16 @@ def load_model(
     if config.model.fresh_head and num_labels is not None:
         rates |= {"pooling": config.model.pooling, "pooler": config.model.pooler}
     if directory is None:
+        if config.model.layers:
+            raise UserError(
+                f"model.layers is for checkpoints, but {config.model.name} is made from nothing; leave it out"
+            )
         rates = config.model.sizes.to_dict() | sizes | rates
         pretrained = models.create(config.model.name, num_labels, config.seed, config.model.start, **rates)
     else:
         pretrained = models.load(str(directory), num_labels, config.model.fresh_head, config.seed, **rates)
+    if config.model.layers:
+        pretrained = models.keep_layers(pretrained, tuple(config.model.layers))
     if config.model.amplify.sites:
         if not isinstance(pretrained.config, BertConfig):
             raise UserError("model.amplify is for encoders with a classifier; leave model.amplify.sites empty")

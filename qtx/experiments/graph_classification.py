@@ -352,12 +352,11 @@ def joint_model(
     method, kind = config.bittransgnn.method, family.module
     if method == "distillation":
         return kind(sizes, dtype, policy)  # type: ignore[call-arg]
-    fields: Any = (sizes, dtype, policy, kind, graph_config_from(config.bittransgnn))
-    return (
-        StudentAndTeacher(*fields)
-        if method == "online"
-        else TextGraphClassifier(*fields, recompute=method == "dynamic")
-    )
+    fields: Any = dict(config=sizes, dtype=dtype, policy=policy, classifier_type=kind)
+    graph = graph_config_from(config.bittransgnn)
+    if method == "online":
+        return StudentAndTeacher(graph=graph, **fields)
+    return TextGraphClassifier(graph=graph, recompute=method == "dynamic", **fields)
 
 
 def graph_sites(config: ConfigDict, family: models.Family, sizes: Any) -> dict[str, SiteInfo]:

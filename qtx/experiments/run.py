@@ -239,7 +239,8 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     after = experiment.evaluate(quantized.model, quantized.variables)
     family, sizes = experiment.pretrained.family, experiment.pretrained.config
     directory = workdir / "quantized"
-    size = save_quantized(directory, family, sizes, policy, quantized.params, quantized.ranges, experiment.tokenizer)
+    kept = experiment.tokenizer, experiment.labels
+    size = save_quantized(directory, family, sizes, policy, quantized.params, quantized.ranges, *kept)
     if not config.save_models:
         shutil.rmtree(directory)  # written to be counted
     if quantized.rounding is not None:

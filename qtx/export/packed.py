@@ -21,7 +21,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -258,6 +258,7 @@ def save_quantized(
     params: Mapping[str, Any],
     ranges: Mapping[str, Any],
     tokenizer: Any = None,
+    labels: Sequence[str] = (),
 ) -> int:
     """Writes a packed model; files appear under their names only when they are whole.
 
@@ -269,6 +270,7 @@ def save_quantized(
       params: nested parameters: the float masters (grid values give the same file).
       ranges: the `ranges` collection, from `calibrate` or training.
       tokenizer: a `transformers` tokenizer, saved beside the weights.
+      labels: names of the classes in the order of the outputs.
 
     Returns:
       Bytes of the weights with their scales, without the activation ranges and the header.
@@ -300,8 +302,7 @@ def save_quantized(
     # safetensors writes the buffer as it lies, so every array must be contiguous.
     tensors = {name: np.array(tensors[name], order="C") for name in sorted(tensors)}
 
-    hf = {"architectures": [model_family.architecture], "model_type": model_family.name}
-    hf |= model_family.config_to_hf(config)
+    hf = model_family.hf_config(config, labels)
     header = {"version": VERSION, "config": hf, "policy": policy_to_json(policy), "quantized": entries}
     # One key: safetensors writes several in random order, and equal models should be equal files.
     metadata = {"qtx": json.dumps({**header, "sha256": _digest(header, tensors)})}

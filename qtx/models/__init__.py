@@ -5,10 +5,12 @@ from qtx.models.checkpoints import (
     Pretrained,
     architecture,
     create,
+    keep_layers,
     load,
     load_masked_lm,
     locate,
     read_config,
+    read_labels,
     save,
 )
 from qtx.models.families import FAMILIES, get_family
@@ -23,9 +25,11 @@ __all__ = [
     "architecture",
     "create",
     "get_family",
+    "keep_layers",
     "load",
     "load_masked_lm",
     "locate",
     "read_config",
+    "read_labels",
     "save",
 ]
