@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -166,6 +167,8 @@ def phase(quantized: bool = False, learning_rate: float = 5e-5) -> ConfigDict:
             "evaluate_every": 0.0,  # epochs between evaluations while training; 0: only after the phase
             "keep_best": False,  # end with the model of the best evaluation (its score on validation), not the last one
             "patience": 0,  # stop after so many evaluations without a better one; 0: never
+            "patience_start": placeholder(float),  # what the first must exceed to be one; None: nothing; published: 0
+            "metric": "score",  # the one that evaluations are compared by
             "optimizer": optimizer,
         }
     )
@@ -475,7 +478,8 @@ def evaluation_from(
                 "(epochs) above 0"
             )
         return None
-    return Evaluation(run, section.evaluate_every, keep_best=section.keep_best, patience=section.patience)
+    start = -math.inf if section.patience_start is None else section.patience_start
+    return Evaluation(run, section.evaluate_every, section.metric, section.keep_best, section.patience, start)
 
 
 def optimizer_from(section: ConfigDict) -> OptimizerConfig:
