@@ -4,7 +4,8 @@ tensors weigh.
     python launch/analyze.py --config=configs/analyze.py:w8a8 --config.model.name=runs/quickstart/model --workdir=runs/analysis
 
 The report names the group of sites to blame. The argument is `w8a8`, `paper` (activations alone, the ranges of every variant
-from one text: the table of the paper), or `smoke` for a run of seconds.
+from one text: the table of the paper), `efficiency` (operations, energy and bytes
+in theory beside measured latency and the packed file), or `smoke` for a run of seconds.
 
 Expected of the quickstart's model with `w8a8`: the culprit is y. Without it the error of the logits falls from 0.39 to 0.23,
 without h to 0.26, without any other group hardly at all; dimensions 99, 127, 223 and 319 hold the outliers. On 256 examples
@@ -14,7 +15,7 @@ the scores themselves carry two points of noise (`--config.data.limit_eval=0` ta
 from qtx.errors import UserError, near_misses
 from qtx.experiments.config import analysis, base
 
-SETTINGS = ("w8a8", "paper", "smoke")
+SETTINGS = ("w8a8", "paper", "smoke", "efficiency")
 
 
 def get_config(arg: str = "w8a8"):
@@ -38,6 +39,8 @@ def get_config(arg: str = "w8a8"):
         config.analysis.sensitivity.groups = ("s", "e", "g", "p", "y", "y10+y11")
         config.analysis.sensitivity.calibration = "variant"
         config.analysis.sensitivity.tables = ("leave_out",)
+    if arg == "efficiency":
+        config.analyses = ("efficiency",)
     if arg == "smoke":
         config.data.limit_train = config.data.limit_eval = 64
         config.data.max_length = 32

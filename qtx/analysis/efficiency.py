@@ -140,7 +140,9 @@ def products(policy: Policy | None, sites: Mapping[str, SiteInfo]) -> tuple[Prod
             query, key, value = (f"{module}/{part}/output" for part in ("query", "key", "value"))
             keys, context = info.shape[-1], math.prod(sites[f"{module}/context"].shape)
             operands = bits("activation", query), bits("activation", key)
-            found.append(Product(name, "scores", math.prod(sites[query].shape) * keys, math.prod(info.shape), *operands))
+            found.append(
+                Product(name, "scores", math.prod(sites[query].shape) * keys, math.prod(info.shape), *operands)
+            )
             probs = min(bits("activation", f"{module}/probs"), bits("input", f"{module}/probs_dropped"))
             operands = probs, bits("activation", value)
             found.append(Product(f"{module}/context", "context", context * keys, context, *operands))
@@ -252,7 +254,7 @@ def energy(counts: Mapping[str, ArrayLike], process: str = "7nm") -> float:
     return float(sum(np.dot(number, energy_per_operation(dtype, process)) for dtype, number in counts.items()))
 
 
-class Timing(NamedTuple):
+class Summary(NamedTuple):
     """Statistics of repeated measurements, in their unit.
 
     Attributes:
@@ -261,7 +263,7 @@ class Timing(NamedTuple):
       p95: 95th percentile.
       mean: their mean.
       std: with divisor n - 1; 0 for a single one.
-      count: their number.
+      n: their number.
     """
 
     median: float
@@ -269,17 +271,17 @@ class Timing(NamedTuple):
     p95: float
     mean: float
     std: float
-    count: int
+    n: int
 
 
-def timing(seconds: Sequence[float] | np.ndarray) -> Timing:
+def summary(measurements: Sequence[float] | np.ndarray) -> Summary:
     """Returns the statistics of measurements `[N]`; raises a `UserError` if there is none."""
-    values = np.asarray(seconds, np.float64)
+    values = np.asarray(measurements, np.float64)
     if not values.size:
         raise UserError("no measurements to summarise: repeat at least once")
     median, p5, p95 = np.percentile(values, (50, 5, 95))
     std = values.std(ddof=1) if values.size > 1 else 0.0
-    return Timing(float(median), float(p5), float(p95), float(values.mean()), float(std), values.size)
+    return Summary(float(median), float(p5), float(p95), float(values.mean()), float(std), values.size)
 
 
 class Power(NamedTuple):

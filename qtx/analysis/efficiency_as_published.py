@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from qtx.analysis.efficiency import energy_per_operation
 from qtx.errors import UserError
+from qtx.nn.bert import BertConfig
 
 TOKENS = 128
 CLASSES = 20
@@ -106,6 +107,21 @@ class Encoder:
         outputs = layers * (4 * m * d + m * f + m * d) + d + c
         other = rows + layers * 2 * rows
         return Operations(linear + other + layers * sums, outputs + other + layers * products)
+
+
+def encoder_of(family: str, config: BertConfig) -> Encoder:
+    """Returns the encoder with published figures that a model is, or raises a `UserError` if there is none."""
+    for roberta in (False, True):
+        for large in (False, True):
+            found = Encoder(roberta, large)
+            sizes = found.width, found.layers, found.heads
+            same = sizes == (config.hidden_size, config.num_layers, config.num_heads)
+            if same and family == ("roberta" if roberta else "bert"):
+                return found
+    raise UserError(
+        f"there are published figures of BERT and RoBERTa, base and large; this is {family} with {config.num_layers} "
+        f"layers of width {config.hidden_size}: use rule='corrected'"
+    )
 
 
 def gcn_parameters(width: int, hidden: int, classes: int) -> int:

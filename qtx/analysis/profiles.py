@@ -1,7 +1,7 @@
 """What a classifier makes of its classes, in two dimensions: texts coloured by class, and the profiles of classes.
 
-    plot_points(embed(probabilities, "tsne"), labels, path)
-    plot_profiles(class_profiles(encoder_logits, graph_logits), path)
+plot_points(embed(probabilities, "tsne"), labels, path)
+plot_profiles(class_profiles(encoder_logits, graph_logits), path)
 """
 
 from __future__ import annotations

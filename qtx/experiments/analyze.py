@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from qtx.analysis import memory, outliers, sensitivity, weights
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import Classification
+from qtx.experiments.efficiency import efficiency
 from qtx.experiments.experiment import VALIDATION
 from qtx.experiments.run import calibration_options, policy_to_apply
 from qtx.files import write_text
@@ -215,4 +216,5 @@ ANALYSES: dict[str, Callable[[Classification, Policy], Part]] = {
     "outliers": _outliers,
     "weights": _weights,
     "memory": _memory,
+    "efficiency": efficiency,
 }

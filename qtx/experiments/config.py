@@ -304,6 +304,22 @@ def analysis() -> ConfigDict:
                 "tokens": 128,
                 "compiled": True,  # compile the model, four programs, and ask XLA
             },
+            "efficiency": {
+                "batch_size": 1,
+                "tokens": 128,
+                "rule": "corrected",  # or 'as_published': bytes and energy by the formulas of BitTransGNN, errors included
+                "process": "7nm",  # of the energy table; or '45nm'
+                "repeats": 20,  # measured forward passes
+                "sequences": 1,  # texts that energy is given for
+                "graph": {  # of a two-layer graph convolution beside the encoder; 0 nodes: there is none
+                    "nodes": 0,
+                    "entries": 0,  # of the adjacency: symmetric, with self loops (as_published: as stored, without)
+                    "hidden": 256,
+                    "bits": 32.0,  # of its weights
+                    "input_bits": 32.0,
+                    "passes": 1.0,  # over the whole graph, for all texts
+                },
+            },
         }
     )
 

@@ -1,6 +1,6 @@
 """Where the published code of BitTransGNN keeps a run, for those who come from there or go back.
 
-    directory(Settings("kd", states=3, dataset="mr"), tree="logits")
+directory(Settings("kd", states=3, dataset="mr"), tree="logits")
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ def starting_point(settings: Settings) -> str:
 def _method(s: Settings) -> list[str]:
     run = "inference" if s.inference else "train"
     if s.kind == "bittransformer":
-        return ["bitbert", run, *(["direct_induction", s.adj_type] if s.inference and s.direct else [])]
-    return [*["distill"][: s.kind == "kd"], s.model_type, s.adj_type, run, s.inference_type]
+        return ["bitbert", run, "direct_induction", s.adj_type] if s.inference and s.direct else ["bitbert", run]
+    method = [s.model_type, s.adj_type, run, s.inference_type]
+    return ["distill", *method] if s.kind == "kd" else method
 
 
 def _quantized(s: Settings) -> list[str]:
@@ -111,14 +112,15 @@ def _quantized(s: Settings) -> list[str]:
         }[s.quantize_embeddings, s.quantize_attention]
     else:
         parts = "embed_quant" if s.quantize_embeddings else "full_prec"
-    return [*["qat"][: s.kind == "bittransformer" and parts != "full_prec"], parts]
+    return ["qat", parts] if s.kind == "bittransformer" and parts != "full_prec" else [parts]
 
 
 def _name(s: Settings) -> str:
     parts = [s.encoder]
     if s.kind != "bittransformer":
-        parts += [s.quant_type, *["student"][: s.kind == "kd"], "dynamic" if s.joint_training else "static"]
+        parts += [s.quant_type, "student"] if s.kind == "kd" else [s.quant_type]
+        parts.append("dynamic" if s.joint_training else "static")
     if s.kind != "bittransformer" or _quantized(s) != ["full_prec"]:
         parts.append(STATES[s.states])
-    suffix = {8: "", 32: "_full_act"}.get(s.bits_act, "_quant_act")
+    suffix = "" if s.bits_act == 8 else "_full_act" if s.bits_act == 32 else "_quant_act"
     return "_".join([*parts, s.dataset]) + suffix

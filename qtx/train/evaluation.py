@@ -16,7 +16,7 @@ from qtx.errors import UserError, near_misses
 Record = Mapping[str, Any]
 
 PUBLISHED_STARTS = {"graph": 0.0, "cola": -100.0, "encoder": -1e-6}
-"""What the first evaluation must exceed in BitTransGNN: with a graph, with a graph on CoLA, and when an encoder is fine-tuned."""
+"""What the first evaluation must exceed in BitTransGNN: with a graph, with one on CoLA, and in fine-tuning of the encoder."""
 
 
 def improvements(values: Sequence[float], start: float = -math.inf) -> list[int]:

@@ -92,8 +92,8 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig, steps: int, batches_per_epoch: int = 1) -> optax.Schedule:
     """Returns the schedule over a phase of `steps` steps, with peak 1; it is a function of the steps taken before.
 
-    An epoch is `batches_per_epoch` steps; milestones look at it. Past the end `'adamw'` stays where it is; `'bert_adam'` goes on, as published: a cosine rises again. Its warm-up may end
-    between two steps.
+    An epoch is `batches_per_epoch` steps; milestones look at it. Past the end `'adamw'` stays where it is; `'bert_adam'` goes
+    on, as published: a cosine rises again. Its warm-up may end between two steps.
     """
     published = config.name == "bert_adam"
     warm = config.warmup_steps or (config.warmup * steps if published else round(config.warmup * steps))
@@ -112,7 +112,9 @@ def learning_rate(config: OptimizerConfig, steps: int, batches_per_epoch: int = 
         decayed = divide(taken - rise, max(steps - rise, 1.0))
         after = {
             "constant": lambda: jnp.ones_like(taken),
-            "milestones": lambda: config.milestone_factor ** sum(taken >= epoch * batches_per_epoch for epoch in epochs),
+            "milestones": lambda: (
+                config.milestone_factor ** sum(taken >= epoch * batches_per_epoch for epoch in epochs)
+            ),
             "linear": lambda: jnp.maximum(1 - decayed, 0),
             "cosine": lambda: _half_cosine(2 * config.cycles * decayed),
             "hard_restarts": lambda: _half_cosine(jnp.mod(config.cycles * decayed, 1)),

@@ -154,9 +154,9 @@ def class_profiles(case):
 
 def timing_summary(case):
     given, want = case.values("inputs"), case.values("outputs")
-    found = efficiency.timing(given["seconds"])
+    found = efficiency.summary(given["seconds"])
     close(case, found[:5], want["stats"])
-    assert found.count == len(given["seconds"])
+    assert found.n == len(given["seconds"])
     close(case, efficiency.power(given["sample_time"], given["sample_watt"]), want["energy"])
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from qtx.errors import UserError
 from qtx.experiments import analyze as module
-from qtx.experiments.analyze import ANALYSES, analyze
+from qtx.experiments.analyze import analyze
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ def test_smoke_leaves_a_report_and_resumes(config, tmp_path, monkeypatch):
     assert (tmp_path / "report.md").read_text() == text
     for picture in ("sensitivity.png", "ranges.png", "outliers.png", "weights.png"):
         assert f"({picture})" in text and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    assert all(f"## {name.capitalize()}" in text for name in ANALYSES)
+    assert all(f"## {name.capitalize()}" in text for name in config.analyses)
 
     with open(tmp_path / "sensitivity.csv", newline="") as file:
         rows = {row["group"]: row for row in csv.DictReader(file)}
