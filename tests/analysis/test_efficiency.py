@@ -11,7 +11,6 @@ from qtx import asymmetric, binary, loss_aware, policy, symmetric, ternary
 from qtx.analysis import efficiency
 from qtx.analysis.efficiency import Graph, Product, energy, macs, operations, power, products, summary
 from qtx.errors import UserError
-from qtx.methods.agnews_study import input_policy
 from qtx.models import get_family
 from qtx.nn import BertClassifier, list_sites
 from tests.nn import tiny
@@ -63,7 +62,7 @@ def test_more_levels_with_full_precision_inputs_are_no_cheaper_than_full_precisi
 
 
 def test_bits_of_inputs_are_those_of_their_own_grid(sites):
-    rules = input_policy(symmetric(8), symmetric(8, range="dynamic"), ("**",))
+    rules = policy(inputs={"**": symmetric(8)})
     linear = [product for product in products(rules, sites) if product.kind == "linear"]
     assert {product.input_bits for product in linear} == {8}
 
