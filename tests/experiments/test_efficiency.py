@@ -26,6 +26,7 @@ def table(workdir):
 
 
 def test_report(config, tmp_path):
+    config.quant.weight_scheme, config.quant.activation_bits = "binary", 32
     config.analysis.efficiency.graph.update(nodes=50, entries=400, bits=1.0)
     text = analyze(config, tmp_path)
     assert "## Efficiency" in text and (tmp_path / "efficiency.png").is_file()
@@ -38,7 +39,9 @@ def test_report(config, tmp_path):
     assert full["weights, packed file"] == full["weights, with scales"] == full["weights, at their bits"]
     assert quantized["weights, at their bits"] < quantized["weights, with scales"] < quantized["weights, packed file"]
     assert full["MACs, linear"] == quantized["MACs, linear"] > 0
-    assert full["bit multiplications"] == pytest.approx(16 * quantized["bit multiplications"])
+    bits = {name: full[f"MACs, {name}"] * 32 * 32 / 1e3 for name in ("linear", "scores", "context")}
+    assert full["bit multiplications"] == pytest.approx(sum(bits.values()))
+    assert quantized["bit multiplications"] == pytest.approx(sum(bits.values()) - bits["linear"] * 31 / 32)
     assert quantized["energy of 1 texts, 7nm"] < full["energy of 1 texts, 7nm"] < full["energy with the graph, 7nm"]
     assert float(rows["graph, weights"]["smaller by"]) > 10
     assert (
