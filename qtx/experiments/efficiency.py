@@ -33,7 +33,7 @@ from qtx.train.report import Table
 
 RULES = ("corrected", "as_published")
 MODELS = ("full precision", "quantized")
-COLUMNS = ("figure", "unit", *MODELS, "smaller by")
+COLUMNS = ("from", "figure", "unit", *MODELS, "smaller by")
 
 Row = list[Any]
 
@@ -69,13 +69,11 @@ def efficiency(experiment: Classification, policy: Policy) -> Callable[[Path], l
     def run(workdir: Path) -> list[str | Table]:
         params = experiment.pretrained.params
         quantized = post_training_quantization(experiment, params, policy, batches, rounding)
-        rows = [
-            [*key, *(costs[name].get(key) for name in MODELS)]
-            for key in dict.fromkeys(k for m in MODELS for k in costs[m])
-        ]
+        keys = dict.fromkeys(key for name in MODELS for key in costs[name])
+        found = [["theory", *key, *(costs[name].get(key, 0.0) for name in MODELS)] for key in keys]
+        rows = [row for row in found if any(row[3:])]
         if packable(policy):
-            rows.append(["weights, packed file", "MiB", None, _file_size(experiment, quantized, workdir) / 2**20])
-            rows[-1][2] = 4 * sum(leaf.size for leaf in jax.tree.leaves(params)) / 2**20
+            rows.append(["measured", "weights, in their file", "MiB", *_file_sizes(experiment, quantized, workdir)])
         rows += _latency(experiment, quantized)
         return _blocks(rows, c, workdir)
 
@@ -102,7 +100,7 @@ def _corrected(
         for name, number in zip(("additions", "multiplications"), numbers, strict=True):
             figures[f"{name}, {dtype}", "10^6 a text"] = number / c.batch_size / 1e6
     joule = theory.energy(counts, c.process) / c.batch_size * c.sequences
-    figures[f"energy of {c.sequences} texts, {c.process}", "mJ"] = 1e3 * joule
+    figures[f"energy, {c.process}", "mJ"] = 1e3 * joule
     if c.graph.nodes:
         sizes = experiment.pretrained.config
         assert isinstance(sizes, BertConfig)  # only classifiers come here
@@ -130,7 +128,7 @@ def _as_published(
         ("weights, as published", "MiB"): encoder.bytes(bits, table_bits) / 2**20,
         ("additions, as published", "10^6 a text"): found.additions / c.sequences / 1e6,
         ("multiplications, as published", "10^6 a text"): found.multiplications / c.sequences / 1e6,
-        (f"energy of {c.sequences} texts, {c.process}, as published", "mJ"): 1e3 * found.energy(dtype, c.process),
+        (f"energy, {c.process}, as published", "mJ"): 1e3 * found.energy(dtype, c.process),
     }
     if c.graph.nodes:
         graph_bits = 32 if policy is None else c.graph.bits
@@ -153,15 +151,16 @@ def _common_bits(policy: Policy | None, sites: Mapping[str, SiteInfo], role: str
     return found.pop()
 
 
-def _file_size(experiment: Classification, quantized: Any, workdir: Path) -> int:
-    """Writes the packed model, and returns the bytes of its weights' file: payload, scales, ranges and header."""
+def _file_sizes(experiment: Classification, quantized: Any, workdir: Path) -> tuple[float | None, float]:
+    """Writes the packed model, and returns the MiB of the checkpoint, if it is one file, and of the packed file."""
     directory, pretrained = workdir / "quantized", experiment.pretrained
     sizes = pretrained.family, pretrained.config
     save_quantized(directory, *sizes, quantized.policy, quantized.params, quantized.ranges, experiment.tokenizer)
-    size = (directory / WEIGHTS_FILE).stat().st_size
+    size = (directory / WEIGHTS_FILE).stat().st_size / 2**20
     if not experiment.config.save_models:
         shutil.rmtree(directory)  # written to be counted
-    return size
+    checkpoint = None if pretrained.directory is None else pretrained.directory / "model.safetensors"
+    return checkpoint.stat().st_size / 2**20 if checkpoint and checkpoint.is_file() else None, size
 
 
 def _latency(experiment: Classification, quantized: Any) -> list[Row]:
@@ -183,22 +182,24 @@ def _latency(experiment: Classification, quantized: Any) -> list[Row]:
     of_full, of_quantized = theory.summary(found.a)._asdict(), theory.summary(found.b)._asdict()
     names = {"median": "median", "p5": "5th percentile", "p95": "95th percentile", "mean": "mean", "std": "deviation"}
     return [
-        [f"latency, {text}", "ms a batch", 1e3 * of_full[name], 1e3 * of_quantized[name]]
+        ["measured", f"latency, {text}", "ms a batch", 1e3 * of_full[name], 1e3 * of_quantized[name]]
         for name, text in names.items()
     ]
 
 
 def _blocks(rows: list[Row], c: Any, workdir: Path) -> list[str | Table]:
-    rows = [[*row, row[2] / row[3] if row[2] and row[3] else None] for row in rows]
+    rows = [[*row, row[3] / row[4] if row[3] and row[4] else None] for row in rows]
     table = Table(COLUMNS, rows, dict.fromkeys(MODELS, ".4g") | {"smaller by": ".3g"})
     table.save(workdir, "efficiency")
     shown = ("weights", "energy", "latency, median", "bit")
-    bars = {row[0]: (row[2], row[3]) for row in rows if row[0].startswith(shown) and row[2] and row[3]}
+    bars = {row[1]: (row[3], row[4]) for row in rows if row[1].startswith(shown) and row[3] and row[4]}
     plot_costs(bars, workdir / "efficiency.png", MODELS)
     machine = ", ".join(f"{name} {value}" for name, value in environment().items() if name != "clock")
+    tokens = c.tokens if c.rule == "corrected" else published.TOKENS
     note = (
-        f"Theory ({c.rule}): {c.tokens} tokens a text; operations are those of matrix products, on hardware that has them at "
-        f"their width. Measured: {c.repeats} passes of {c.batch_size} x {c.tokens} tokens, wall time; quantization is "
-        f"simulated in float32, so that latency does not show what integer kernels would save. {machine}."
+        f"Theory ({c.rule}): {tokens} tokens a text, {c.sequences} for energy; operations of matrix products, on hardware "
+        "that has them at their width. "
+        f"Measured: {c.repeats} passes of {c.batch_size} x {c.tokens} tokens, wall time; quantization is simulated in float32, "
+        f"so latency does not show what integer kernels would save. {machine}."
     )
     return [note, table, "![costs](efficiency.png)"]
