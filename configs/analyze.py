@@ -4,7 +4,8 @@ tensors weigh; how curved its loss is, what the loss looks like around it, how f
     python launch/analyze.py --config=configs/analyze.py:w8a8 --config.model.name=runs/quickstart/model --workdir=runs/analysis
 
 The report names the group of sites to blame. The argument is `w8a8`, `paper` (activations alone, the ranges of every variant
-from one text: the table of the paper), or `smoke` for a run of seconds. Or one of the analyses of teacher intervention, each
+from one text: the table of the paper), `efficiency` (operations, energy and bytes in theory beside measured latency and the
+packed file), or `smoke` for a run of seconds. Or one of the analyses of teacher intervention, each
 of the checkpoint in full precision and as a ternary student (fields of `quant` say otherwise):
 
     curvature     top eigenvalues, trace by layer and spectral density of the Hessian
@@ -23,7 +24,7 @@ from qtx.errors import UserError, near_misses
 from qtx.experiments.config import analysis, base
 
 LOSSES = ("curvature", "landscape", "layer_errors")
-SETTINGS = ("w8a8", "paper", *LOSSES, "smoke")
+SETTINGS = ("w8a8", "paper", "efficiency", *LOSSES, "smoke")
 
 
 def get_config(arg: str = "w8a8"):
@@ -50,6 +51,8 @@ def get_config(arg: str = "w8a8"):
     if arg in LOSSES:
         config.analyses = (arg,)
         config.quant.update(student="corrected", weight_scheme="ternary", weight_granularity="tensor")
+    if arg == "efficiency":
+        config.analyses = ("efficiency",)
     if arg == "smoke":
         config.data.limit_train = config.data.limit_eval = 64
         config.data.max_length = 32

@@ -687,6 +687,8 @@ def test_analyzing_a_model_without_a_trained_head(analysis_config, checkpoint, t
         ("optimizer.rate_factors", (("pooler/**", -1.0),), "positive factor"),
         ("optimizer.name", "bert-adam", "'bert_adam'"),
         ("optimizer.cycles", 3.0, "no effect on schedule 'linear'"),
+        ("optimizer.milestones", (5.0,), "shares of the epochs"),
+        ("optimizer.milestone_factor", 0.0, "milestone_factor is positive"),
     ],
 )
 def test_phase_settings(tiny_config, tmp_path, monkeypatch, field, value, named):

@@ -7,7 +7,7 @@ import re
 
 from qtx.errors import UserError, near_misses
 
-METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
+METRICS = ("accuracy", "f1", "weighted_f1", "matthews", "pearson", "spearman")
 
 
 @dataclasses.dataclass(frozen=True)

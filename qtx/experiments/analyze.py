@@ -21,6 +21,7 @@ from qtx.analysis import memory, outliers, sensitivity, weights
 from qtx.errors import UserError, near_misses
 from qtx.experiments.analyze_loss import Part, curvature_part, landscape_part, layer_errors_part
 from qtx.experiments.classification import Classification
+from qtx.experiments.efficiency import efficiency
 from qtx.experiments.experiment import VALIDATION
 from qtx.experiments.run import calibration_options, policy_to_apply
 from qtx.experiments.setup import setup
@@ -224,4 +225,5 @@ ANALYSES: dict[str, Callable[[Classification, Policy], Part]] = {
     "curvature": curvature_part,
     "landscape": landscape_part,
     "layer_errors": layer_errors_part,
+    "efficiency": efficiency,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -212,6 +213,8 @@ def phase(quantized: bool = False, learning_rate: float = 5e-5) -> ConfigDict:
             "evaluate_every": 0.0,  # epochs between evaluations while training; 0: only after the phase
             "keep_best": False,  # end with the model of the best evaluation (its score on validation), not the last one
             "patience": 0,  # stop after so many evaluations without a better one; 0: never
+            "patience_start": placeholder(float),  # what the first must exceed to be one; None: nothing; published: 0
+            "metric": "score",  # the one that evaluations are compared by
             "optimizer": optimizer,
         }
     )
@@ -390,6 +393,22 @@ def analysis() -> ConfigDict:
                 "batch_size": 1,  # of the activations
                 "tokens": 128,
                 "compiled": True,  # compile the model, four programs, and ask XLA
+            },
+            "efficiency": {
+                "batch_size": 1,
+                "tokens": 128,
+                "rule": "corrected",  # or 'as_published': bytes and energy by the formulas of BitTransGNN, errors included
+                "process": "7nm",  # of the energy table; or '45nm'
+                "repeats": 20,  # measured forward passes
+                "sequences": 1,  # texts that energy is given for
+                "graph": {  # of a two-layer graph convolution beside the encoder; 0 nodes: there is none
+                    "nodes": 0,
+                    "entries": 0,  # of the adjacency: symmetric, with self loops (as_published: as stored, without)
+                    "hidden": 256,
+                    "bits": 32.0,  # of its weights
+                    "input_bits": 32.0,
+                    "passes": 1.0,  # over the whole graph, for all texts
+                },
             },
         }
     )
@@ -578,7 +597,8 @@ def evaluation_from(
                 "(epochs) above 0"
             )
         return None
-    return Evaluation(run, section.evaluate_every, keep_best=section.keep_best, patience=section.patience)
+    start = -math.inf if section.patience_start is None else section.patience_start
+    return Evaluation(run, section.evaluate_every, section.metric, section.keep_best, section.patience, start)
 
 
 def optimizer_from(section: ConfigDict) -> OptimizerConfig:

@@ -119,7 +119,7 @@ def fit(
             )
         for number in range(first, len(recipe)):
             phase, span = recipe[number], Span(number, start, lengths[number], batches.batches_per_epoch)
-            optimizer = make_optimizer(phase.optimizer, span.length)
+            optimizer = make_optimizer(phase.optimizer, span.length, span.batches_per_epoch)
             if phase.prepare is not None:
                 ranges = phase.prepare(phase.model, current["params"])
                 current = current | {"ranges": replicate(ranges, mesh)}
