@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from qtx import data, models
 from qtx.data.batching import Batches, bucket_lengths
+from qtx.data.corpus import published_splits
 from qtx.errors import UserError
 from qtx.experiments.experiment import (
     LABELLED,
@@ -183,4 +184,8 @@ def load_originals(config: ConfigDict) -> data.Dataset:
         found = data.load_folder(c.train, seed=c.seed)
     else:
         found = data.load(config.task, c.dir, c.seed, c.limit_train or None, c.limit_eval or None)
+    if c.splits not in ("own", "graph"):
+        raise UserError(f"unknown data.splits {c.splits!r}; choose from 'own', 'graph'")
+    if c.splits == "graph":
+        found = published_splits(found)
     return data.with_label_order(found, c.label_order) if c.label_order else found

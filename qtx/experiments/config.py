@@ -86,6 +86,7 @@ def base() -> ConfigDict:
                 "validation": "",  # task 'table'
                 "text_columns": ("text",),  # task 'table'
                 "label_column": "label",  # task 'table'
+                "splits": "own",  # 'graph': as text graphs were published; of GLUE, validation examples are the test split
                 "label_order": "",  # file with one class per line, in the order of the class ids; '': sorted, or the task's
                 "augmented": "",  # training examples that launch/augment.py made (its workdir), in place of the task's
                 "limit_train": 0,  # examples; 0: all. Of what is augmented, not of its copies
@@ -279,7 +280,7 @@ def sweeping(**fields: Any) -> ConfigDict:
     section = ConfigDict(
         {
             "name": "sweep",  # of the study, in a storage that several sweeps share
-            "entry": "train",  # of rows that name none: 'train', 'quantize', 'evaluate' or 'compare'
+            "entry": "train",  # of rows that name none: 'train', 'quantize', 'evaluate', 'compare' or 'baseline'
             "grid": (),  # axes: (field, values) or (name, {label: {field: value}}); the last one turns fastest
             "rows": (),  # dicts: see `plan.Row`
             "seeds": (1000,),

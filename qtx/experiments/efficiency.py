@@ -49,7 +49,10 @@ def efficiency(experiment: Classification, policy: Policy) -> Callable[[Path], l
       UserError: a setting that does not exist or does not fit the model.
     """
     c = experiment.config.analysis.efficiency
-    most = experiment.pretrained.config.max_positions
+    sizes = experiment.pretrained.config
+    if not isinstance(sizes, BertConfig):
+        raise UserError("analyses 'efficiency' counts the work of encoders of texts; leave it out")
+    most = sizes.max_positions
     if c.rule not in RULES:
         raise UserError(f"unknown analysis.efficiency.rule {c.rule!r}{near_misses(c.rule, RULES)}")
     if min(c.batch_size, c.repeats, c.sequences) < 1 or not 1 <= c.tokens <= most:

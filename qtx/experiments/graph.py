@@ -34,7 +34,10 @@ def corpus_from(config: ConfigDict) -> Corpus:
         raise UserError(f"task {config.task!r} is a translation; graphs are of texts with labels, such as R8 or rte")
     name = config.graph.tokenizer
     tokenizer = data.load_tokenizer(models.locate(name)) if name else None
-    return make_corpus(published_splits(load_dataset(config)), config.graph.words, tokenizer)
+    dataset = load_dataset(config)
+    if config.data.splits != "graph":
+        dataset = published_splits(dataset)
+    return make_corpus(dataset, config.graph.words, tokenizer)
 
 
 def settings_from(section: ConfigDict) -> GraphSettings:

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from qtx.analysis.memory import totals, weight_memory
 from qtx.errors import UserError, near_misses
-from qtx.experiments.compare import compare
+from qtx.experiments.compare import baseline, compare
 from qtx.experiments.config import changed, policy_from
 from qtx.experiments.run import evaluate, quantize, train_and_evaluate
 
@@ -59,11 +59,16 @@ def _compare(config: ConfigDict, workdir: Path) -> Outcome:
     return {row.method: {"score": row.score} for row in compare(config, workdir)}
 
 
+def _baseline(config: ConfigDict, workdir: Path) -> Outcome:
+    return {"": baseline(config, workdir)}
+
+
 ENTRIES: dict[str, Callable[[ConfigDict, Path], Outcome]] = {
     "train": _train,
     "quantize": _quantize,
     "evaluate": _evaluate,
     "compare": _compare,
+    "baseline": _baseline,
 }
 SAMPLERS = ("grid", "random", "tpe")
 RELATIONS = (">", "~", ">=")
