@@ -151,15 +151,8 @@ def methods_sweep(task: str):
 
 def lambda_sweep():
     """Returns the section of accuracy against the graph's share of the vote."""
-    shares = tuple(i / 10 for i in range(11))
-    encoder = {"quant.bit.states": 3}
-    return sweeping(
-        name="bittransgnn_lambda",
-        grid=(("bittransgnn.mix", shares),),
-        rows=(
-            dict(name="BitTransformer", changes=METHODS["encoder"] | encoder),
-            dict(name="static", start="BitTransformer", changes=METHODS["static"] | encoder),
-        ),
-        seeds=(0, 1, 2),
-        metric="test_accuracy",
-    )
+    rows = [dict(name="BitTransformer", changes=METHODS["encoder"])]
+    for share in (i / 10 for i in range(11)):
+        changes = METHODS["static"] | {"bittransgnn.mix": share}
+        rows.append(dict(name=f"lambda {share:g}", start="BitTransformer", changes=changes))
+    return sweeping(name="bittransgnn_lambda", rows=tuple(rows), seeds=(0, 1, 2), metric="test_accuracy")

@@ -38,7 +38,7 @@ def baseline(config: ConfigDict, workdir: str | Path | None = None) -> dict[str,
       workdir: receives `result.json`, if given.
     """
     dataset = load_dataset(config)
-    values = {}
+    values: dict[str, float] = {}
     for split, prefix in (("validation", ""), ("test", "test_")):
         if split in dataset.splits:
             found = metrics.compute(
