@@ -430,9 +430,9 @@ def parts_of(names: Sequence[str]) -> dict[str, list[int]]:
         part = f"layer {layer[1]}" if layer else name.removeprefix("encoder/").split("/")[0]
         found.setdefault(part, []).append(number)
     # By the way through the model: embeddings, layers, the head and its last part.
-    place: dict[str, float] = {"embeddings": -1, "classifier": np.inf}
-    place |= {part: int(part.removeprefix("layer ")) for part in found if part.startswith("layer ")}
-    return {part: found[part] for part in sorted(found, key=lambda part: place.get(part, len(names)))}
+    place = {"embeddings": (0, 0), "classifier": (3, 0)}
+    place |= {part: (1, int(part.removeprefix("layer "))) for part in found if part.startswith("layer ")}
+    return {part: found[part] for part in sorted(found, key=lambda part: place.get(part, (2, 0)))}
 
 
 def traces_table(found: Mapping[str, Trace], names: Sequence[str], sizes: Sequence[int]) -> Table:
