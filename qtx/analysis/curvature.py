@@ -399,8 +399,8 @@ def summary_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
             row[5] = Trace(values["trace"]).value
         rows.append(row)
     kept = [i for i in range(len(columns)) if i < 2 or any(row[i] is not None for row in rows)]
-    formats = dict.fromkeys(columns[1:], ".4g")
-    return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], formats)
+    columns = [columns[i] for i in kept]
+    return Table(columns, [[row[i] for i in kept] for row in rows], dict.fromkeys(columns[1:], ".4g"))
 
 
 def eigenvalues_table(found: Mapping[str, Any]) -> Table:
