@@ -19,7 +19,7 @@ import safetensors.numpy
 from qtx import data, models, quant
 from qtx.analysis import curvature, landscape
 from qtx.analysis.layer_errors import layer_errors
-from qtx.analysis.losses import stack
+from qtx.analysis.losses import of_some, stack
 from qtx.data import pair_tokenizer
 from qtx.errors import UserError
 from qtx.experiments import run
@@ -839,6 +839,12 @@ KERNEL = {"kernel": jnp.ones((2, 2))}
         (lambda: curvature.top_eigenvalues(squares, KERNEL, jnp.ones(1), jax.random.key(0), 0), "count=0"),
         (lambda: curvature.trace(squares, KERNEL, jnp.ones(1), jax.random.key(0), 0), "samples=0"),
         (lambda: curvature.plot_eigenvalues({"a": np.array([np.nan])}, "x.png"), "no finite eigenvalue"),
+        (
+            lambda: curvature.plot_densities({"a": curvature.Density(np.array([[np.nan]]), np.ones((1, 1)))}, "x.png"),
+            "no density to plot",
+        ),
+        (lambda: of_some(squares, KERNEL, ("kernl",)), "'kernel'"),
+        (lambda: of_some(squares, KERNEL, ()), "no patterns"),
         (lambda: stack([]), "no batches"),
         (lambda: stack([{"x": np.zeros(2)}, {"x": np.zeros(3)}]), "batch 1"),
         (lambda: landscape.directions(jax.random.key(0), KERNEL, still=("kernl",)), "'kernel'"),

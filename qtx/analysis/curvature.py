@@ -37,7 +37,7 @@ from qtx.train.logging import progress
 from qtx.train.report import INK, RUN_COLORS, Table, new_figure, save_figure
 
 _EPS = 1e-6  # of norms and of relative changes, as published
-_FAINTEST = 1e-8  # density that a plot shows, relative to the highest: less than one parameter in many millions
+_FAINTEST = 1e-10  # density that a plot shows, relative to the highest: less than one parameter in many millions
 _BREAKDOWN = 1e-5  # a Lanczos vector that is shorter, relative to the spectrum, is nothing but rounding
 
 Multiply = Callable[[jax.Array], jax.Array]
@@ -385,25 +385,22 @@ def summary_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     """Returns a row for each model.
 
     Args:
-      found: by model: `loss`, and, where they were measured, `eigenvalues` of any shape, `trace` `[S, tensors]` and
-        `density_values` with `density_weights`, `[R, S]`.
+      found: by model: `loss`, and, where they were measured, `eigenvalues` of any shape and `trace` `[S, tensors]`.
     """
-    columns = ["model", "loss", "greatest eigenvalue", "median of positive", "median of negative", "trace", "above 0"]
+    columns = ["model", "loss", "greatest eigenvalue", "median of positive", "median of negative", "trace"]
     rows = []
     for model, values in found.items():
-        row: list[Any] = [model, float(values["loss"]), None, None, None, None, None]
+        row: list[Any] = [model, float(values["loss"]), None, None, None, None]
         if "eigenvalues" in values:
             top = np.ravel(values["eigenvalues"])
             row[2] = float(top[np.argmax(np.abs(top))])
             row[3:5] = [float(np.median(side)) if side.size else None for side in (top[top > 0], top[top < 0])]
         if "trace" in values:
             row[5] = Trace(values["trace"]).value
-        if "density_values" in values:
-            row[6] = float(np.mean(np.sum(values["density_weights"], -1, where=values["density_values"] > 0)))
         rows.append(row)
     kept = [i for i in range(len(columns)) if i < 2 or any(row[i] is not None for row in rows)]
-    formats = dict.fromkeys(columns[1:6], ".4g") | {"above 0": ".1%"}
-    return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], formats)
+    columns = [columns[i] for i in kept]
+    return Table(columns, [[row[i] for i in kept] for row in rows], dict.fromkeys(columns[1:], ".4g"))
 
 
 def eigenvalues_table(found: Mapping[str, Any]) -> Table:
@@ -432,9 +429,10 @@ def parts_of(names: Sequence[str]) -> dict[str, list[int]]:
         layer = re.search(r"(?:^|/)layer_(\d+)/", name)
         part = f"layer {layer[1]}" if layer else name.removeprefix("encoder/").split("/")[0]
         found.setdefault(part, []).append(number)
-    # By the way through the model: embeddings, layers, head.
-    place = {"embeddings": -1} | {part: int(part[6:]) for part in found if part.startswith("layer ")}
-    return {part: found[part] for part in sorted(found, key=lambda part: place.get(part, len(found)))}
+    # By the way through the model: embeddings, layers, the head and its last part.
+    place = {"embeddings": (0, 0), "classifier": (3, 0)}
+    place |= {part: (1, int(part.removeprefix("layer "))) for part in found if part.startswith("layer ")}
+    return {part: found[part] for part in sorted(found, key=lambda part: place.get(part, (2, 0)))}
 
 
 def traces_table(found: Mapping[str, Trace], names: Sequence[str], sizes: Sequence[int]) -> Table:
@@ -534,7 +532,10 @@ def plot_eigenvalues(found: Mapping[str, Any], path: str | os.PathLike[str], bin
         reach = max(np.max(np.abs(every[(sign * every > 0) & np.isfinite(every)]), initial=0), _EPS)
         edges = np.sort(sign * np.linspace(0, reach, bins + 1))
         for color, (name, values) in zip(RUN_COLORS * len(pooled), pooled.items(), strict=False):
-            axes.stairs(np.histogram(values[sign * values > 0], edges)[0], edges, color=color, label=name)
+            counts = np.histogram(values[sign * values > 0], edges)[0]
+            axes.stairs(counts, edges, color=color, fill=True, alpha=0.25)
+            axes.stairs(counts, edges, color=color, linewidth=1.2, label=name)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(f"{title} top eigenvalues", color=INK)
         axes.set_ylabel("count", color=INK)
     figure.legend(

@@ -177,3 +177,29 @@ def test_reports(tmp_path):
     assert len(table.rows) == 8 and table.rows[2] == ["ternary", 1, 0, 5.0]
     curvature.plot_eigenvalues(found, tmp_path / "eigenvalues.png")
     assert image.imread(tmp_path / "eigenvalues.png").std() > 0
+
+
+def test_traces_by_part(tmp_path):
+    names = [
+        "classifier/kernel",
+        "encoder/embeddings/word/table",
+        "encoder/layer_10/x",
+        "encoder/layer_2/x",
+        "pooler/x",
+    ]
+    assert list(curvature.parts_of(names)) == ["embeddings", "layer 2", "layer 10", "pooler", "classifier"]
+    found = curvature.trace(LOSS, PARAMS, FACTORS, KEY, 400, tolerance=0.0)
+    names, sizes = ["encoder/layer_0/a", "pooler/c"], [6, 2]
+    table = curvature.traces_table({"full": found}, names, sizes)
+    rows = {row[1]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    for part, block in (("layer 0", slice(0, 6)), ("pooler", slice(6, 8)), ("all", slice(0, 8))):
+        row, expected = rows[part], np.trace(MATRIX[block, block])
+        assert row["parameters"] == block.stop - block.start and row["samples"] == 400
+        assert abs(row["trace"] - expected) < 4 * row["standard error"] + 1e-4
+    summary = curvature.summary_table({"full": {"loss": 0.5, "eigenvalues": SPECTRUM, "trace": found.samples}})
+    assert summary.rows == [["full", 0.5, -9.0, 2.5, -9.0, found.value]]
+    assert len(curvature.summary_table({"full": {"loss": 0.5}}).columns) == 2
+    curvature.plot_traces({"full": found}, names, tmp_path / "trace.png")
+    density = curvature.Density(SPECTRUM[None], np.full((1, 8), 1 / 8))
+    curvature.plot_densities({"full": density}, tmp_path / "density.png")
+    assert all(image.imread(tmp_path / name).std() > 0 for name in ("trace.png", "density.png"))

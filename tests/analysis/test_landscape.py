@@ -70,6 +70,8 @@ def test_plots(tmp_path):
     bowl = axis[:, None] ** 2 + axis**2
     bowl[0, 0] = np.inf
     found = {"full": landscape.Landscape((axis, axis), bowl), "ternary": landscape.Landscape((axis, axis), 3 * bowl)}
+    table = landscape.summary_table(found, {"full": 0.0, "ternary": 1.0})
+    assert table.rows[1] == ["ternary", 1.0, 0.0, pytest.approx(3 * bowl[np.isfinite(bowl)].mean()), 1.5, 1]
     landscape.plot_contours(found, tmp_path / "contours.png")
     curves = {name: landscape.Landscape((axis,), each.losses[2]) for name, each in found.items()}
     landscape.plot_curves(curves, tmp_path / "curves.png")

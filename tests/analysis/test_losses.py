@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qtx.analysis.losses import mean_loss, stack, sum_of_norms, task_loss
+from qtx.analysis.losses import mean_loss, of_some, stack, sum_of_norms, task_loss
 from qtx.methods.teacher_intervention import student_policy
 from qtx.nn import BertClassifier
 from qtx.train.phase import label_losses
@@ -43,3 +43,13 @@ def test_norms_of_zero_have_no_gradient():
     gradient = jax.grad(sum_of_norms)({"a": jnp.zeros(3), "b": jnp.asarray([3.0, 4.0])})
     np.testing.assert_allclose(gradient["a"], 0)
     np.testing.assert_allclose(gradient["b"], [0.6, 0.8], rtol=1e-6)
+
+
+def test_a_loss_of_some_parameters_keeps_the_others():
+    def loss(params, batch):
+        return batch * params["a"]["x"] * params["b"]
+
+    part, chosen = of_some(loss, {"a": {"x": jnp.float32(2)}, "b": jnp.float32(3)}, ("a/**",))
+    assert chosen == {"a/x": 2}
+    value, gradient = jax.value_and_grad(part)({"a/x": jnp.float32(5)}, 10.0)
+    assert value == 150 and gradient == {"a/x": 30}
