@@ -27,6 +27,7 @@ from qtx.experiments.analyze import analyze
 from qtx.experiments.augment import augment
 from qtx.experiments.compare import compare
 from qtx.experiments.config import analysis, base, changed, policy_from, quantization, sweeping
+from qtx.experiments.graph import build as build_graph
 from qtx.experiments.plan import parse_axis, parse_range, parse_seeds
 from qtx.experiments.sweep import sweep
 from qtx.methods.calibrate import calibrate
@@ -897,3 +898,67 @@ def squares(params, batch):
 
 CURVE = landscape.Landscape((np.ones(1),), np.ones(1))
 TINY, SHALLOW = (Teacher(BertClassifier(config), {}) for config in (tiny.CONFIG, tiny.ONE_LAYER))
+
+
+def graph(config, tmp_path):
+    return message(build_graph, config, str(tmp_path / "graph"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("adj_type", "no_docs", "'no_doc'"),
+        ("doc_doc_nodes", "published", "'as_published'"),
+        ("inference", "inductiv", "'inductive'"),
+        ("words", "clean", "'cleaned'"),
+        ("window", 1, "at least 2"),
+        ("neighbours", 0, "at least 1"),
+        ("neighbours", 144, "145 documents, and there are 144"),
+        ("tokenizer", "/no/such", "/no/such"),
+    ],
+)
+def test_a_text_graph_that_cannot_be_built(tiny_config, tmp_path, field, value, named):
+    tiny_config.graph.tokenizer = ""
+    tiny_config.graph[field] = value
+    assert named in graph(tiny_config, tmp_path)
+
+
+def test_a_text_graph_of_what_has_no_graph(tiny_config, tmp_path):
+    tiny_config.task = "multi30k"
+    assert "translation" in graph(tiny_config, tmp_path)
+    tiny_config.task, tiny_config.graph.words, tiny_config.data.dir = "rte", "cleaned", str(tmp_path)
+    (tmp_path / "RTE").mkdir()
+    rows = [f"{i}\tOne.\tTwo.\tentailment" for i in range(20)]
+    for name in ("train", "dev"):
+        (tmp_path / "RTE" / f"{name}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]))
+    assert "pairs of texts" in (text := graph(tiny_config, tmp_path)) and "'basic'" in text
+
+
+def test_a_text_graph_of_other_data(tiny_config, tmp_path):
+    tiny_config.graph.tokenizer = ""
+    build_graph(tiny_config, str(tmp_path / "graph"))
+    tiny_config.data.validation, before = tiny_config.data.train, tiny_config.data.validation
+    assert "data.validation" in graph(tiny_config, tmp_path)  # the directory says so
+    (tmp_path / "graph" / "config.json").unlink()
+    assert "other data" in graph(tiny_config, tmp_path)  # and the graph itself
+    tiny_config.data.validation = before
+    whole = (tmp_path / "graph" / "graph.npz").read_bytes()
+    (tmp_path / "graph" / "graph.npz").write_bytes(whole[:-100])
+    assert "no whole graph" in graph(tiny_config, tmp_path)
+
+
+def test_textgcn_files_that_do_not_fit(tiny_config, tmp_path):
+    tiny_config.task, tiny_config.data.dir = "r8", str(tmp_path)
+    assert "textgcn/R8.txt" in train(tiny_config, tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "R8.txt").write_text("0\ttrain\tearn\n1\ttest\tearns\n")
+    (tmp_path / "corpus" / "R8.txt").write_text("One\nTwo\n")
+    assert "line 2" in (text := train(tiny_config, tmp_path)) and "'earns'" in text and "'earn'" in text
+    (tmp_path / "R8.txt").write_text("0\ttrain\tearn\n1\ttest\tearn\n")
+    assert "empty after cleaning" in train(tiny_config, tmp_path)  # words that are rare in the corpus go
+
+
+def test_label_order_of_other_classes(tiny_config, tmp_path):
+    (tmp_path / "labels.txt").write_text("fresh\nroten\n")
+    tiny_config.data.label_order = str(tmp_path / "labels.txt")
+    assert "line 2" in (text := train(tiny_config, tmp_path)) and "'rotten'" in text

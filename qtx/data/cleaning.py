@@ -123,7 +123,7 @@ def basic_words(columns: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizer
       N strings of words joined by blanks.
 
     Raises:
-      UserError: the tokenizer has no word pieces.
+      UserError: the tokenizer is of another kind.
     """
     normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
 
@@ -138,8 +138,11 @@ def basic_words(columns: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizer
 
 
 def _in_pieces(words: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    model = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
-    if not isinstance(model, models.WordPiece):
-        raise UserError("the words of a graph come from an uncased BERT tokenizer, and this one has no word pieces")
+    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+    model, normalizer = getattr(backend, "model", None), getattr(backend, "normalizer", None)
+    if not isinstance(model, models.WordPiece) or not getattr(normalizer, "lowercase", True):
+        raise UserError(
+            "graphs take their words from an uncased BERT tokenizer, and this one is none; give another, or none"
+        )
     unknown = model.unk_token
     return {word: unknown if [p.value for p in model.tokenize(word)] == [unknown] else word for word in words}

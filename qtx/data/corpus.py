@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qtx.data.cleaning import basic_words, clean_corpus, with_backslashes
+from qtx.data.cleaning import basic_words, clean_corpus, clean_string, with_backslashes
 from qtx.data.sources import Dataset, Examples
+from qtx.data.tasks import Task
 from qtx.data.textgcn import CORPORA, published_order, validation_size
 from qtx.errors import UserError, near_misses
 
@@ -51,20 +53,15 @@ def make_corpus(dataset: Dataset, words: str = "published", tokenizer: PreTraine
     Raises:
       UserError: an unknown kind of words, pairs of texts where single ones are needed, no document with words.
     """
-    if words not in WORDS:
-        raise UserError(f"unknown words {words!r} of a graph{near_misses(words, WORDS)}")
+    kind = words_kind(dataset.task, words)
     splits = {name: dataset.splits[name] for name in ("train", "validation", "test") if name in dataset.splits}
     columns = [list(itertools.chain(*parts)) for parts in zip(*(split.texts for split in splits.values()), strict=True)]
-    if words == "published" and dataset.task.name in CORPORA:
-        texts = [with_backslashes(text) for text in columns[0]]
-    elif words == "cleaned":
-        if len(columns) > 1:
-            raise UserError(
-                f"task {dataset.task.name!r} has pairs of texts, and 'cleaned' takes single ones; use 'basic'"
-            )
-        texts = clean_corpus(columns[0])
-    else:
+    if kind == "basic":
         texts = basic_words(columns, tokenizer)
+    elif words == "published":  # TextGCN's corpora are clean when they are loaded
+        texts = [with_backslashes(text) for text in columns[0]]
+    else:
+        texts = clean_corpus(columns[0])
     has_words = np.array([bool(text) for text in texts])
     if not has_words.any():
         raise UserError(f"{dataset.task.name}: all {len(texts)} documents are empty after cleaning; check the texts")
@@ -77,6 +74,42 @@ def make_corpus(dataset: Dataset, words: str = "published", tokenizer: PreTraine
             raise UserError(f"{dataset.task.name}: all documents of the split {name!r} are empty after cleaning")
         kept[name] = split.take(rows)
     return Corpus(Dataset(dataset.task, kept), [text for text in texts if text], int(np.sum(~has_words)))
+
+
+def words_kind(task: Task, words: str) -> str:
+    """Returns how documents of a task get their words, `basic` or `cleaned`, if `words` is as in `make_corpus`.
+
+    Raises:
+      UserError: an unknown kind of words, or pairs of texts where single ones are needed.
+    """
+    if words not in WORDS:
+        raise UserError(f"unknown words {words!r} of a graph{near_misses(words, WORDS)}")
+    if words == "published":
+        return "cleaned" if task.name in CORPORA else "basic"
+    if words == "cleaned" and len(task.columns) > 1:
+        raise UserError(f"task {task.name!r} has pairs of texts, and 'cleaned' takes single ones; use 'basic'")
+    return words
+
+
+def new_documents(
+    task: Task, columns: Sequence[list[str]], words: str = "published", tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[str]:
+    """Returns the words of documents that come later, from raw texts, as `text_graph.attach` takes them.
+
+    Which words are rare, or stop words, the graph's vocabulary says.
+
+    Args:
+      task: the task of the graph.
+      columns: one list of M texts for each text column of the task.
+      words: as in `make_corpus`.
+      tokenizer: as in `make_corpus`.
+
+    Raises:
+      UserError: as in `words_kind`.
+    """
+    if words_kind(task, words) == "basic":
+        return basic_words(columns, tokenizer)
+    return [clean_string(text) for text in columns[0]]
 
 
 def published_splits(dataset: Dataset) -> Dataset:

@@ -154,7 +154,7 @@ def nearest(
     Args:
       queries: [M, F] rows of length 1, or of zeros.
       documents: [D, F] likewise.
-      count: neighbours of each query at most; of equally near ones, those that come first.
+      count: neighbours of each query at most, no more than D; of equally near ones, those that come first.
       same: the queries are the documents, and no document is its own neighbour.
       track: shows the progress.
     """

@@ -165,7 +165,7 @@ class TextGraph:
     def check(self, texts: Sequence[str], n_train: int, settings: GraphSettings, source: str = "the graph") -> None:
         """Raises a `UserError` unless these texts and settings, as for `build_graph`, would give this graph."""
         used = _used(texts, n_train, settings)
-        remedy = "build it again with launch/build_graph.py"
+        remedy = "remove it and build it again, or take another place"
         for field in dataclasses.fields(settings):
             old, new = getattr(self.settings, field.name), getattr(settings, field.name)
             if old != new:

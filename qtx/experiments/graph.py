@@ -12,13 +12,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from qtx import data, models
-from qtx.data.corpus import Corpus, make_corpus, published_splits
+from qtx.data.corpus import Corpus, make_corpus, published_splits, words_kind
 from qtx.data.text_graph import GraphSettings, TextGraph, build_graph, load_graph, save_graph
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import load_dataset
 from qtx.experiments.translation import TASKS as TRANSLATION
 from qtx.train.logging import progress
-from qtx.train.report import Table, save_config
+from qtx.train.report import Table, check_config, save_config
 
 GRAPH_FILE = "graph.npz"
 INFERENCE = ("transductive", "inductive")
@@ -32,12 +32,12 @@ def corpus_from(config: ConfigDict) -> Corpus:
     """
     if config.task in TRANSLATION:
         raise UserError(f"task {config.task!r} is a translation; graphs are of texts with labels, such as R8 or rte")
-    name = config.graph.tokenizer
-    tokenizer = data.load_tokenizer(models.locate(name)) if name else None
-    dataset = load_dataset(config)
+    dataset, section = load_dataset(config), config.graph
     if config.data.splits != "graph":
         dataset = published_splits(dataset)
-    return make_corpus(dataset, config.graph.words, tokenizer)
+    needed = section.tokenizer and words_kind(dataset.task, section.words) == "basic"
+    tokenizer = data.load_tokenizer(models.locate(section.tokenizer)) if needed else None
+    return make_corpus(dataset, section.words, tokenizer)
 
 
 def settings_from(section: ConfigDict) -> GraphSettings:
@@ -64,9 +64,15 @@ def graph_from(corpus: Corpus, settings: GraphSettings, path: Path) -> TextGraph
 
 
 def build(config: ConfigDict, workdir: str) -> TextGraph:
-    """Builds the graph of a task, saves it as `workdir/graph.npz`, and prints what is in it."""
+    """Builds the graph of a task, saves it as `workdir/graph.npz`, and prints what is in it.
+
+    Raises:
+      UserError: bad input, or a run directory of another configuration.
+    """
     start = time.monotonic()
     settings = settings_from(config.graph)
+    if (Path(workdir) / "config.json").exists():
+        check_config(config, workdir)
     corpus = corpus_from(config)
     path = Path(workdir) / GRAPH_FILE
     if path.exists():
@@ -92,12 +98,8 @@ def table_of(graph: TextGraph, corpus: Corpus, task: str, seconds: float) -> Tab
     rows += [("seconds", f"{seconds:.1f}"), ("MiB of memory at most", round(peak / 2**20))]
     kind = "inductive" if graph.settings.inductive else "transductive: counted over test documents, too"
     title = f"{task}, {graph.settings.adj_type}, {kind}"
-    return Table(
-        ("graph", "count"),
-        [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in rows],
-        {},
-        title,
-    )
+    shown = [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in rows]
+    return Table(("graph", "count"), shown, title=title)
 
 
 def track(items: Sequence[Any], description: str) -> Iterator[Any]:

@@ -85,12 +85,14 @@ def test_basic_words_are_those_of_bert(tmp_path):
     assert basic_words(columns[:1], tokenizer) == pieces
 
 
-def test_basic_words_need_word_pieces():
+def test_basic_words_need_an_uncased_tokenizer(tmp_path):
     class Other:
         is_fast = False
 
-    with pytest.raises(UserError, match="no word pieces"):
-        basic_words((["a"],), Other())
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na")
+    for tokenizer in (Other(), BertTokenizerFast(str(tmp_path / "vocab.txt"), do_lower_case=False)):
+        with pytest.raises(UserError, match="from an uncased BERT tokenizer, and this one is none"):
+            basic_words((["a"],), tokenizer)
 
 
 def test_pairs_are_split_at_the_first_marker():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qtx.data import TASKS, Dataset, Examples, Task, load
-from qtx.data.corpus import make_corpus, published_splits
+from qtx.data.corpus import make_corpus, new_documents, published_splits
 from qtx.data.reading import DATA_DIR_VARIABLE
 from qtx.data.textgcn import published_order
 from qtx.errors import UserError
@@ -84,6 +84,13 @@ def test_documents_that_cleaning_empties_are_left_out_of_texts_and_examples():
     own.splits["test"].texts[0][:] = ["the"]
     with pytest.raises(UserError, match="own: all 9 documents are empty after cleaning"):
         make_corpus(own, "cleaned")
+
+
+def test_documents_that_come_later_get_words_of_the_same_kind():
+    assert new_documents(TASKS["mr"], [["Is it (so)?", "Don't!"]]) == ["is it \\( so \\) \\?", "do n't !"]
+    assert new_documents(TASKS["rte"], [["A\u00e9 b."], ["C"]]) == ["ae b . c"]
+    with pytest.raises(UserError, match="task 'rte' has pairs of texts"):
+        new_documents(TASKS["rte"], [["a"], ["b"]], "cleaned")
 
 
 def test_what_does_not_fit_is_said():

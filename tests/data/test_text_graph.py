@@ -193,7 +193,7 @@ def test_a_graph_of_other_data_or_settings_is_refused():
         graph.check([*texts[:-1], "w1"], 9, SETTINGS)
     with pytest.raises(UserError, match="built from other data"):
         graph.check(texts, 10, SETTINGS)
-    with pytest.raises(UserError, match="x.npz was built with window=4, not 20; build it again"):
+    with pytest.raises(UserError, match="x.npz was built with window=4, not 20; remove it and build it again"):
         graph.check(texts, 9, dataclasses.replace(SETTINGS, window=20), "x.npz")
 
 
