@@ -1,10 +1,19 @@
 """Look into a trained model: which quantizers cost its score, where its outliers are, how its weights are distributed, what its
-tensors weigh.
+tensors weigh; how curved its loss is, what the loss looks like around it, how far its layers are from the teacher's.
 
     python launch/analyze.py --config=configs/analyze.py:w8a8 --config.model.name=runs/quickstart/model --workdir=runs/analysis
 
 The report names the group of sites to blame. The argument is `w8a8`, `paper` (activations alone, the ranges of every variant
-from one text: the table of the paper), or `smoke` for a run of seconds.
+from one text: the table of the paper), `efficiency` (operations, energy and bytes in theory beside measured latency and the
+packed file), or `smoke` for a run of seconds. Or one of the analyses of teacher intervention, each
+of the checkpoint in full precision and as a ternary student (fields of `quant` say otherwise):
+
+    curvature     top eigenvalues, trace by layer and spectral density of the Hessian
+    landscape     contours of the loss; a curve with --config.analysis.landscape.directions=1
+    layer_errors  errors of every layer against the checkpoint in full precision, or against --config.teacher.name
+
+`--config.analysis.models="('full_precision',)"` takes one of the two, and students that were trained in different ways go into
+the same plots by `--config.analysis.also="(('TernaryBERT', 'runs/ternarybert/model'), ('gradual', 'runs/gradual/model'))"`.
 
 Expected of the quickstart's model with `w8a8`: the culprit is y. Without it the error of the logits falls from 0.39 to 0.23,
 without h to 0.26, without any other group hardly at all; dimensions 99, 127, 223 and 319 hold the outliers. On 256 examples
@@ -14,7 +23,8 @@ the scores themselves carry two points of noise (`--config.data.limit_eval=0` ta
 from qtx.errors import UserError, near_misses
 from qtx.experiments.config import analysis, base
 
-SETTINGS = ("w8a8", "paper", "smoke")
+LOSSES = ("curvature", "landscape", "layer_errors")
+SETTINGS = ("w8a8", "paper", "efficiency", *LOSSES, "smoke")
 
 
 def get_config(arg: str = "w8a8"):
@@ -38,6 +48,11 @@ def get_config(arg: str = "w8a8"):
         config.analysis.sensitivity.groups = ("s", "e", "g", "p", "y", "y10+y11")
         config.analysis.sensitivity.calibration = "variant"
         config.analysis.sensitivity.tables = ("leave_out",)
+    if arg in LOSSES:
+        config.analyses = (arg,)
+        config.quant.update(student="corrected", weight_scheme="ternary", weight_granularity="tensor")
+    if arg == "efficiency":
+        config.analyses = ("efficiency",)
     if arg == "smoke":
         config.data.limit_train = config.data.limit_eval = 64
         config.data.max_length = 32

@@ -6,8 +6,8 @@
     python launch/sweep.py --config=configs/teacher_intervention.py:glue --data_dir=DATA --workdir=runs/glue
 
 The student begins as its teacher, a model that is trained on the task: weights and word table with three values, 8 bits for
-what enters a product. The argument is a method, or `glue`: all of them on RTE, MRPC, STS-B and CoLA as a sweep over seeds.
-Methods are
+what enters a product. The argument is a method, or `glue`: all of them on RTE, MRPC, STS-B and CoLA as a sweep over seeds;
+`rte`, `mrpc`, `stsb` and `cola` are the sweeps over one of these tasks. Methods are
 
     ternary                   ternary training on the labels, without a teacher
     ternarybert               distillation for as many steps (logits, hidden states, attention scores)
@@ -93,13 +93,14 @@ def get_config(arg: str = "gradual"):
     config.phases.intervene.steps = 60
     for phase in (config.phases.intervene, config.phases.qat):
         phase.optimizer.learning_rate = 2e-5
-    if arg == "glue":
+    if arg == "glue" or arg in TASKS:
+        config.model.pooling = "mean"  # as the sentence encoder was trained
         rows = [dict(name="full precision", changes={"recipe": ("finetune",), "model.fresh_head": True})]
         names = ("ternary", "ternarybert", *INTERVENTIONS, "gradual+quarter", "ternarybert+quarter")
         rows += [dict(name=name, changes=method(name), start="full precision") for name in names]
         config.sweep = sweeping(
             name="teacher_intervention",
-            grid=(("task", {name: task_fields(name) for name in TASKS}),),
+            grid=(("task", {name: task_fields(name) for name in ([arg] if arg in TASKS else TASKS)}),),
             rows=tuple(rows),
             seeds=(1000, 1001, 1002),
             columns="task",

@@ -24,6 +24,7 @@ from qtx.data import pair_tokenizer
 from qtx.errors import UserError
 from qtx.experiments import run
 from qtx.experiments.analyze import analyze
+from qtx.experiments.augment import augment
 from qtx.experiments.compare import compare
 from qtx.experiments.config import analysis, base, changed, policy_from, quantization, sweeping
 from qtx.experiments.plan import parse_axis, parse_range, parse_seeds
@@ -586,6 +587,91 @@ def test_analysis_settings(analysis_config, tmp_path, field, value, named):
     assert named in message(analyze, analysis_config, tmp_path / "out")
 
 
+@pytest.fixture
+def loss_config(tiny_config):
+    """Analyses that compare models, at sizes that the tiny data have."""
+    tiny_config.model.fresh_head = False
+    tiny_config.analyses = ("curvature", "landscape", "layer_errors")
+    tiny_config.analysis = analysis()
+    tiny_config.analysis.layer_errors.batches = 1
+    return tiny_config
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("analyses", ("landscap",), "'landscape'"),
+        ("analysis.models", ("quantised",), "'quantized'"),
+        ("analysis.models", (), "full_precision, quantized"),
+        ("analysis.also", (("a",),), "(name, directory)"),
+        ("analysis.also", (("quantized", None),), "two models are called 'quantized'"),
+        ("analysis.curvature.params", ("encoder/layer_9/**",), "'encoder/layer_9/**' matches no parameter"),
+        ("analysis.curvature.batches", 100, "validation has 48"),
+        ("analysis.curvature.steps", -1, "steps is -1"),
+        ("analysis.curvature.runs", 0, "runs is 0"),
+        ("analysis.curvature.tolerance", float("nan"), "tolerance is nan"),
+        ("analysis.curvature.eigenvalues", 100_000, "parameters have no more eigenvalues"),
+        ("analysis.landscape.split", "validaton", "'validation'"),
+        ("analysis.landscape.directions", 3, "1 for a curve or 2"),
+        ("analysis.landscape.reach", float("nan"), "a reach above 0"),
+        ("analysis.landscape.still", ("**/position/tables",), "position/table"),
+        ("analysis.landscape.shared_norms", "input", "'inputs'"),
+        ("analysis.landscape.together", 0, "at least 1 point"),
+        ("analysis.layer_errors.quantities", ("hidden",), "'hidden_states'"),
+        ("analysis.layer_errors.quantities", (), "no quantities"),
+        ("teacher.layers", "evry", "'every'"),
+    ],
+)
+def test_settings_of_analyses_that_compare_models(loss_config, tmp_path, field, value, named):
+    if field == "analysis.also":
+        value = tuple(tuple(part or loss_config.model.name for part in pair) for pair in value)
+    loss_config.update_from_flattened_dict({field: value})
+    assert named in message(analyze, loss_config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_analyzing_a_model_with_nan(loss_config, checkpoint, tmp_path):
+    def spoil(tensors):
+        tensors["classifier.bias"] = np.full_like(tensors["classifier.bias"], np.nan)
+
+    damage(checkpoint, spoil)
+    loss_config.model.name = str(checkpoint)
+    for name in loss_config.analyses:
+        loss_config.analyses = (name,)
+        assert "classifier/bias holds NaN" in message(analyze, loss_config, tmp_path / "out")
+
+
+def test_errors_of_layers_of_a_model_against_itself(loss_config, tmp_path):
+    loss_config.analyses, loss_config.analysis.models = ("layer_errors",), ("full_precision",)
+    assert "against itself are zero" in message(analyze, loss_config, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        (("rotten", "fresh"), ["('rotten', 'fresh')", "('fresh', 'rotten')", "in another order"]),
+        (("bad", "good"), ["('bad', 'good')", "(others)"]),
+    ],
+)
+def test_a_teacher_with_other_labels(tiny_config, checkpoint, tmp_path, labels, named):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": dict(enumerate(labels))}))
+    tiny_config.recipe, tiny_config.phases.qat.losses = ("qat",), "logits=1"
+    for teacher in (str(checkpoint), ""):  # a teacher of its own, or the model itself
+        tiny_config.teacher.name = teacher
+        if not teacher:
+            tiny_config.model.name, tiny_config.model.fresh_head = str(checkpoint), False
+        text = train(tiny_config, tmp_path)
+        assert all(word in text for word in (*named, str(checkpoint), "id2label"))
+
+
+def test_layers_that_cannot_be_kept(tiny_config, tmp_path):
+    tiny_config.model.layers = (0, 1)
+    assert "layers (0, 1) to keep of 1" in train(tiny_config, tmp_path)
+    tiny_config.model.name = "text_classifier"
+    assert "model.layers is for checkpoints" in train(tiny_config, tmp_path)
+
+
 def test_analyzing_a_model_without_a_trained_head(analysis_config, checkpoint, tmp_path):
     damage(checkpoint, lambda tensors: [tensors.pop(name) for name in ("classifier.weight", "classifier.bias")])
     analysis_config.model.name = str(checkpoint)
@@ -602,6 +688,8 @@ def test_analyzing_a_model_without_a_trained_head(analysis_config, checkpoint, t
         ("optimizer.rate_factors", (("pooler/**", -1.0),), "positive factor"),
         ("optimizer.name", "bert-adam", "'bert_adam'"),
         ("optimizer.cycles", 3.0, "no effect on schedule 'linear'"),
+        ("optimizer.milestones", (5.0,), "shares of the epochs"),
+        ("optimizer.milestone_factor", 0.0, "milestone_factor is positive"),
     ],
 )
 def test_phase_settings(tiny_config, tmp_path, monkeypatch, field, value, named):
@@ -771,6 +859,31 @@ KERNEL = {"kernel": jnp.ones((2, 2))}
 )
 def test_curvature_landscape_and_errors_of_layers(entry, named):
     assert named in message(entry)
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "named"),
+    [
+        ({"task": "multi30k"}, {}, "task 'multi30k' has no texts with labels"),
+        ({"task": "rtee"}, {}, "did you mean 'rte'"),
+        ({"data.augmented": "runs/x"}, {}, "data.augmented is for training"),
+        ({}, {"masked_lm": ""}, "give --masked_lm"),
+        ({}, {"masked_lm": "./none"}, "no such checkpoint directory: ./none"),
+        ({}, {}, "no trained masked-LM head"),
+        ({}, {"vectors": ""}, "give --vectors"),
+        ({}, {"vectors": "none.txt"}, "no such file of word vectors: none.txt; fetch"),
+        ({}, {"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_augmentation(tiny_config, tiny_checkpoint, tmp_path, fields, given, named):
+    (tmp_path / "vectors.txt").write_text("cat 1 2\ndog 2 1\n")
+    usual = {"masked_lm": str(tiny_checkpoint), "vectors": str(tmp_path / "vectors.txt")}
+    assert named in message(augment, changed(tiny_config, fields, "test"), tmp_path / "run", **usual | given)
+
+
+def test_augmented_data_that_are_not_there(tiny_config, tmp_path):
+    tiny_config.data.augmented = str(tmp_path / "none")
+    assert "no augmented training data at" in train(tiny_config, tmp_path)
 
 
 def squares(params, batch):

@@ -27,9 +27,7 @@ GOLDEN = Path(os.environ.get("QTX_GOLDEN_DIR") or Path(__file__).parent / "golde
 OPTIMIZED = ("efficient-transformer-quantization",)
 
 # Projects without handlers yet, and the issue that brings them.
-PENDING_PROJECTS = {
-    "bittransgnn": 7,
-}
+PENDING_PROJECTS: dict[str, int] = {}
 
 
 @functools.cache

@@ -4,8 +4,8 @@
     print(found.values, found.iterations)
 
 Procedure and constants are those of Kim et al. 2023 (figure 5): power iteration with deflation, Hutchinson's estimator of the
-trace, and stochastic Lanczos quadrature for the density, as in Yao et al. 2020, "PyHessian". Each of them is one compiled
-program, with its loops inside. Parameters are any pytree of floats; vectors are flat, `[P]`, in the order of
+trace, and stochastic Lanczos quadrature for the density, as in Yao et al. 2020, "PyHessian". Each of them has one compiled
+program, which batches, samples and runs share. Parameters are any pytree of floats; vectors are flat, `[P]`, in the order of
 `jax.flatten_util.ravel_pytree`. The loss is the mean over batches `[N, ...]`, see `qtx.analysis.losses`.
 
 A product is the gradient of `<gradient, v>`, reverse over reverse: straight-through estimators are written for the reverse
@@ -21,7 +21,8 @@ symmetry, sees no more than the upper triangle.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,9 +33,11 @@ from jax.flatten_util import ravel_pytree
 
 from qtx.analysis.losses import Loss, bound
 from qtx.errors import UserError
+from qtx.train.logging import progress
 from qtx.train.report import INK, RUN_COLORS, Table, new_figure, save_figure
 
 _EPS = 1e-6  # of norms and of relative changes, as published
+_FAINTEST = 1e-8  # density that a plot shows, relative to the highest: less than one parameter in many millions
 _BREAKDOWN = 1e-5  # a Lanczos vector that is shorter, relative to the spectrum, is nothing but rounding
 
 Multiply = Callable[[jax.Array], jax.Array]
@@ -138,7 +141,7 @@ def top_eigenvalues(
 
 def top_eigenvalues_by_batch(
     loss: Loss, params: Any, batches: Any, key: jax.Array, count: int = 3, *, iterations: int = 100, tolerance=1e-3
-) -> jax.Array:
+) -> np.ndarray:
     """Returns `[N, K]`: the top eigenvalues of every batch for itself, as the published figure pools them.
 
     Args:
@@ -152,7 +155,16 @@ def top_eigenvalues_by_batch(
     """
     _check(count=count, iterations=iterations)
     _check_count(count, params)
-    return _by_batch(bound(loss), params, batches, key, tolerance, count=count, iterations=iterations)
+    batches = jax.device_get(batches)
+    keys = jax.random.split(key, jax.tree.leaves(batches)[0].shape[0])
+    found: list[np.ndarray] = []
+    with progress(len(keys), "top eigenvalues") as bar:
+        for number, first in enumerate(keys):
+            alone = jax.tree.map(lambda x, number=number: x[number : number + 1], batches)
+            top = _top(bound(loss), params, alone, first, tolerance, None, count=count, iterations=iterations)
+            found.append(np.asarray(top.values))
+            bar.update(number + 1, largest=float(found[-1][0]))
+    return np.stack(found)
 
 
 def _check(**counts: int) -> None:
@@ -208,39 +220,38 @@ def _top(loss, params, batches, key, tolerance, start, *, count, iterations) -> 
     return Eigenvalues(values, basis, quotients, taken)
 
 
-@partial(jax.jit, static_argnames=("count", "iterations"))
-def _by_batch(loss, params, batches, key, tolerance, *, count, iterations):
-    number = jax.tree.leaves(batches)[0].shape[0]
-
-    def one(given):
-        batch, key = given
-        alone = jax.tree.map(lambda x: x[None], batch)
-        return _top(loss, params, alone, key, tolerance, None, count=count, iterations=iterations).values
-
-    return jax.lax.map(one, (batches, jax.random.split(key, number)))
-
-
 # --- Trace ---
 
 
 class Trace(NamedTuple):
-    """Hutchinson's estimate.
+    """Hutchinson's estimate, of the whole trace and of the part of every tensor on the diagonal.
 
     Attributes:
-      value: mean of the samples.
-      samples: `[S]` values of `<v, H v>`; NaN for those that were not drawn.
-      count: int32, how many were.
+      samples: `[S, tensors]`: what each tensor adds to `<v, H v>`, in the order of `jax.tree.leaves`.
     """
 
-    value: Any
-    samples: Any
-    count: Any
+    samples: np.ndarray
+
+    @property
+    def value(self) -> float:
+        """The mean of the samples."""
+        return self.of()[0]
 
     @property
     def standard_error(self) -> float:
         """Of the value; NaN with a single sample."""
-        drawn = np.asarray(self.samples)[: int(self.count)]
-        return float(np.std(drawn, ddof=1) / np.sqrt(len(drawn))) if len(drawn) > 1 else float("nan")
+        return self.of()[1]
+
+    def of(self, tensors: Sequence[int] | None = None) -> tuple[float, float]:
+        """Returns the trace of the block of some tensors, and its standard error.
+
+        Args:
+          tensors: their numbers; None: all.
+        """
+        chosen = self.samples if tensors is None else self.samples[:, list(tensors)]
+        sums = np.asarray(np.sum(chosen, 1, dtype=np.float64))
+        error = np.std(sums, ddof=1) / np.sqrt(len(sums)) if len(sums) > 1 else np.nan
+        return float(np.mean(sums)), float(error)
 
 
 def trace(
@@ -262,29 +273,25 @@ def trace(
       UserError: fewer than one sample.
     """
     _check(samples=samples)
-    return _trace(bound(loss), params, batches, key, tolerance, samples=samples)
+    drawn: list[np.ndarray] = []
+    mean = 0.0
+    with progress(samples, "trace") as bar:
+        for i in range(samples):
+            drawn.append(np.asarray(_sample(bound(loss), params, batches, jax.random.fold_in(key, i))))
+            before, mean = mean, mean + (float(np.sum(drawn[-1], dtype=np.float64)) - mean) / (i + 1)
+            bar.update(i + 1, trace=mean)
+            if abs(mean - before) / (abs(before) + _EPS) < tolerance:
+                break
+    return Trace(np.stack(drawn))
 
 
-@partial(jax.jit, static_argnames="samples")
-def _trace(loss, params, batches, key, tolerance, *, samples) -> Trace:
+@jax.jit
+def _sample(loss, params, batches, key):
+    """One sample of the trace, `[tensors]`."""
     multiply, flat = _multiply(loss, params, batches)
-
-    def draw(state):
-        i, mean, found, _ = state
-        vector = jax.random.rademacher(jax.random.fold_in(key, i), flat.shape, flat.dtype)
-        sample = jnp.vdot(multiply(vector), vector)
-        new = mean + (sample - mean) / (i + 1)
-        done = jnp.abs(new - mean) / (jnp.abs(mean) + _EPS) < tolerance
-        return i + 1, new, found.at[i].set(sample), done
-
-    def go_on(state):
-        return (state[0] < samples) & ~state[-1]
-
-    empty = jnp.full(samples, jnp.nan, flat.dtype)
-    count, mean, found, _ = jax.lax.while_loop(
-        go_on, draw, (jnp.int32(0), jnp.zeros((), flat.dtype), empty, jnp.asarray(False))
-    )
-    return Trace(mean, found, count)
+    vector = jax.random.rademacher(key, flat.shape, flat.dtype)
+    parts = ravel_pytree(params)[1](vector * multiply(vector))
+    return jnp.stack([jnp.sum(part) for part in jax.tree.leaves(parts)])
 
 
 # --- Density ---
@@ -326,11 +333,17 @@ def density(loss: Loss, params: Any, batches: Any, key: jax.Array, steps: int = 
     """
     _check(steps=steps, runs=runs)
     _check_count(steps, params)
-    return _density(bound(loss), params, batches, key, steps=steps, runs=runs)
+    found = []
+    with progress(runs, "density") as bar:
+        for number, first in enumerate(jax.random.split(key, runs), 1):
+            found.append(jax.device_get(_density(bound(loss), params, batches, first, steps=steps)))
+            bar.update(number)
+    return Density(*map(np.stack, zip(*found, strict=True)))
 
 
-@partial(jax.jit, static_argnames=("steps", "runs"))
-def _density(loss, params, batches, key, *, steps, runs) -> Density:
+@partial(jax.jit, static_argnames="steps")
+def _density(loss, params, batches, key, *, steps):
+    """One run: values and weights, `[S]`."""
     multiply, flat = _multiply(loss, params, batches)
 
     def unit(vector):
@@ -339,36 +352,58 @@ def _density(loss, params, batches, key, *, steps, runs) -> Density:
     def orthogonal(vector, basis):
         return _without(_without(vector, basis), basis)  # once more takes out what rounding left
 
-    def run(key):
-        first, rest = jax.random.split(key)
+    first, rest = jax.random.split(key)
 
-        def step(state, given):
-            basis, vector, largest = state
-            i, key = given
-            basis = basis.at[i].set(vector)
-            turned = multiply(vector)
-            alpha = jnp.vdot(turned, vector)
-            residual = orthogonal(turned, basis)
-            beta = jnp.linalg.norm(residual)
-            largest = jnp.maximum(largest, jnp.maximum(jnp.abs(alpha), beta))
-            # The vectors so far span an invariant space. Go on in the rest of it, to which the first vector gives no weight.
-            done = beta <= _BREAKDOWN * largest
-            fresh = unit(orthogonal(jax.random.normal(key, flat.shape, flat.dtype), basis))
-            vector = jnp.where(done, fresh, residual / jnp.where(done, 1, beta))
-            return (basis, vector, largest), (alpha, jnp.where(done, 0, beta))
+    def step(state, given):
+        basis, vector, largest = state
+        i, key = given
+        basis = basis.at[i].set(vector)
+        turned = multiply(vector)
+        alpha = jnp.vdot(turned, vector)
+        residual = orthogonal(turned, basis)
+        beta = jnp.linalg.norm(residual)
+        largest = jnp.maximum(largest, jnp.maximum(jnp.abs(alpha), beta))
+        # The vectors so far span an invariant space. Go on in the rest of it, to which the first vector gives no weight.
+        done = beta <= _BREAKDOWN * largest
+        fresh = unit(orthogonal(jax.random.normal(key, flat.shape, flat.dtype), basis))
+        vector = jnp.where(done, fresh, residual / jnp.where(done, 1, beta))
+        return (basis, vector, largest), (alpha, jnp.where(done, 0, beta))
 
-        start = unit(jax.random.rademacher(first, flat.shape, flat.dtype))
-        empty = jnp.zeros((steps, flat.size), flat.dtype)
-        keys = jax.random.split(rest, steps)
-        _, (alpha, beta) = jax.lax.scan(step, (empty, start, jnp.zeros((), flat.dtype)), (jnp.arange(steps), keys))
-        tridiagonal = jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1)
-        values, vectors = jnp.linalg.eigh(tridiagonal)
-        return values, jnp.square(vectors[0])
-
-    return Density(*jax.lax.map(run, jax.random.split(key, runs)))
+    start = unit(jax.random.rademacher(first, flat.shape, flat.dtype))
+    empty = jnp.zeros((steps, flat.size), flat.dtype)
+    keys = jax.random.split(rest, steps)
+    _, (alpha, beta) = jax.lax.scan(step, (empty, start, jnp.zeros((), flat.dtype)), (jnp.arange(steps), keys))
+    tridiagonal = jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1)
+    values, vectors = jnp.linalg.eigh(tridiagonal)
+    return values, jnp.square(vectors[0])
 
 
 # --- Reports ---
+
+
+def summary_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Returns a row for each model.
+
+    Args:
+      found: by model: `loss`, and, where they were measured, `eigenvalues` of any shape, `trace` `[S, tensors]` and
+        `density_values` with `density_weights`, `[R, S]`.
+    """
+    columns = ["model", "loss", "greatest eigenvalue", "median of positive", "median of negative", "trace", "above 0"]
+    rows = []
+    for model, values in found.items():
+        row: list[Any] = [model, float(values["loss"]), None, None, None, None, None]
+        if "eigenvalues" in values:
+            top = np.ravel(values["eigenvalues"])
+            row[2] = float(top[np.argmax(np.abs(top))])
+            row[3:5] = [float(np.median(side)) if side.size else None for side in (top[top > 0], top[top < 0])]
+        if "trace" in values:
+            row[5] = Trace(values["trace"]).value
+        if "density_values" in values:
+            row[6] = float(np.mean(np.sum(values["density_weights"], -1, where=values["density_values"] > 0)))
+        rows.append(row)
+    kept = [i for i in range(len(columns)) if i < 2 or any(row[i] is not None for row in rows)]
+    formats = dict.fromkeys(columns[1:6], ".4g") | {"above 0": ".1%"}
+    return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], formats)
 
 
 def eigenvalues_table(found: Mapping[str, Any]) -> Table:
@@ -384,6 +419,98 @@ def eigenvalues_table(found: Mapping[str, Any]) -> Table:
         for rank, value in enumerate(of_batch)
     ]
     return Table(["model", "batch", "rank", "eigenvalue"], rows)
+
+
+def parts_of(names: Sequence[str]) -> dict[str, list[int]]:
+    """Returns which tensors make up each part of a model: embeddings, every layer, and what else there is.
+
+    Args:
+      names: of the parameters, such as `encoder/layer_0/ffn/up/kernel`, in the order of the tensors of a `Trace`.
+    """
+    found: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        layer = re.search(r"(?:^|/)layer_(\d+)/", name)
+        part = f"layer {layer[1]}" if layer else name.removeprefix("encoder/").split("/")[0]
+        found.setdefault(part, []).append(number)
+    # By the way through the model: embeddings, layers, head.
+    place = {"embeddings": -1} | {part: int(part[6:]) for part in found if part.startswith("layer ")}
+    return {part: found[part] for part in sorted(found, key=lambda part: place.get(part, len(found)))}
+
+
+def traces_table(found: Mapping[str, Trace], names: Sequence[str], sizes: Sequence[int]) -> Table:
+    """Returns a row for each model and part, and one for each whole model.
+
+    Args:
+      found: by model.
+      names: of the tensors.
+      sizes: of the tensors.
+    """
+    rows: list[list[Any]] = []
+    for model, each in found.items():
+        for part, tensors in (parts_of(names) | {"all": range(len(names))}).items():
+            size = sum(sizes[number] for number in tensors)
+            value, error = each.of(tensors)
+            rows.append([model, part, size, value, error, value / size, len(each.samples)])
+    columns = ["model", "part", "parameters", "trace", "standard error", "by parameter", "samples"]
+    formats = {"parameters": ",d", "trace": ".4g", "standard error": ".2g", "by parameter": ".3g"}
+    return Table(columns, rows, formats)
+
+
+def plot_traces(found: Mapping[str, Trace], names: Sequence[str], path: str | os.PathLike[str]) -> None:
+    """Draws the trace of every part's block of the Hessian, with two standard errors to either side.
+
+    Args:
+      found: by model.
+      names: of the tensors.
+      path: of the PNG.
+    """
+    parts = parts_of(names)
+    figure, ((axes,),) = new_figure(max(6, 0.7 * len(parts) + 2), 3.8)
+    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+    axes.axhline(0, color="#cbd2d9", linewidth=0.8)
+    for number, (name, each) in enumerate(found.items()):
+        values, errors = np.transpose([each.of(tensors) for tensors in parts.values()])
+        at = np.arange(len(parts)) + 0.16 * (number - (len(found) - 1) / 2)
+        color = RUN_COLORS[number % len(RUN_COLORS)]
+        errors = np.nan_to_num(2 * errors)
+        axes.errorbar(at, values, errors, fmt="o", color=color, markersize=4, linewidth=1.2, capsize=2, label=name)
+    axes.set_xticks(np.arange(len(parts)), parts, fontsize=8, rotation=0 if len(parts) < 11 else 45)
+    axes.set_ylabel("trace", color=INK)
+    axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def plot_densities(found: Mapping[str, Density], path: str | os.PathLike[str], points: int = 1000) -> None:
+    """Draws spectral densities over each other, with a logarithmic density.
+
+    The masses are Gaussians as wide as a hundredth of the range of all eigenvalues.
+
+    Args:
+      found: by model.
+      path: of the PNG.
+      points: of each curve.
+
+    Raises:
+      UserError: an eigenvalue that is not finite.
+    """
+    every = np.concatenate([np.ravel(each.values) for each in found.values()]).astype(np.float64)
+    if not np.isfinite(every).all():
+        raise UserError("no density to plot: the losses or their derivatives are not numbers")
+    width = max(float(np.ptp(every)), _EPS) / 100
+    x = np.linspace(every.min() - 5 * width, every.max() + 5 * width, points)
+    figure, ((axes,),) = new_figure(7, 4)
+    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+    highest = 0.0
+    for color, (name, each) in zip(RUN_COLORS * len(found), found.items(), strict=False):
+        density = each.on(x, width)
+        highest = max(highest, float(density.max()))
+        axes.plot(x, density, color=color, linewidth=1.2, label=name)
+    axes.set_yscale("log")
+    axes.set_ylim(highest * _FAINTEST, highest * 3)
+    axes.set_xlabel("eigenvalue", color=INK)
+    axes.set_ylabel("density (log scale)", color=INK)
+    axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
 
 
 def plot_eigenvalues(found: Mapping[str, Any], path: str | os.PathLike[str], bins: int = 40) -> None:

@@ -20,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from matplotlib.ticker import MaxNLocator
 
 from qtx.analysis.losses import Loss, bound, mean_loss
 from qtx.errors import UserError, near_misses
 from qtx.quant.policy import matches
+from qtx.train.logging import progress
 from qtx.train.report import INK, RUN_COLORS, Table, new_figure, save_figure
 
 Norms = Literal["inputs", "outputs"]
@@ -64,16 +66,22 @@ def directions(
     return tuple(draw(key) for key in jax.random.split(key, count))
 
 
+def check_directions(params: Mapping[str, Any], still: Sequence[str], norms: str) -> None:
+    """Raises the errors of `directions`, without drawing any."""
+    if norms not in get_args(Norms):
+        raise UserError(f"unknown norms {norms!r}{near_misses(norms, get_args(Norms))}")
+    names = traverse_util.flatten_dict(params, sep="/")
+    for pattern in still:
+        if not any(matches(pattern, name) for name in names):
+            raise UserError(f"{pattern!r}, which is not to move, matches no parameter{near_misses(pattern, names)}")
+
+
 def normalized(
     direction: Mapping[str, Any], params: Mapping[str, Any], *, still: Sequence[str] = (), norms: Norms = "inputs"
 ) -> dict[str, Any]:
     """Returns a direction with the norms of the parameters; arguments and errors are those of `directions`."""
-    if norms not in get_args(Norms):
-        raise UserError(f"unknown norms {norms!r}{near_misses(norms, get_args(Norms))}")
+    check_directions(params, still, norms)
     weights, given = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, direction))
-    for pattern in still:
-        if not any(matches(pattern, name) for name in weights):
-            raise UserError(f"{pattern!r}, which is not to move, matches no parameter{near_misses(pattern, weights)}")
 
     def norm(name: str, x: jax.Array) -> jax.Array:
         outputs = x.ndim - 1 if name.split("/")[-1] == "kernel" else 0
@@ -124,7 +132,7 @@ def evaluate(
     *,
     together: int = 4,
 ) -> Landscape:
-    """Evaluates the mean loss over batches at `params + x d_0 + y d_1`, all points in one compiled program.
+    """Evaluates the mean loss over batches at `params + x d_0 + y d_1`, with one compiled program for all points.
 
     Args:
       loss: `(params, batch) -> scalar`, see `qtx.analysis.losses`.
@@ -138,20 +146,32 @@ def evaluate(
       UserError: not one axis for each of one or two directions, an axis that does not rise, or nothing to run side by side.
     """
     axes = tuple(np.asarray(axis, np.float64) for axis in axes)
-    if len(axes) not in (1, 2) or len(directions) != len(axes):
-        raise UserError(
-            f"a landscape of {len(directions)} directions and {len(axes)} axes: give one or two of each, equally many"
-        )
-    for axis in axes:
-        if axis.ndim != 1 or axis.size == 0 or not (np.diff(axis) > 0).all():
-            raise UserError(f"the axis {axis.tolist()} of a landscape must hold numbers in rising order")
-    if together < 1:
-        raise UserError(f"together={together}: give at least 1 point")
+    check(len(directions), axes, together)
     points = _points(axes)
     together = min(together, len(points))
     padded = np.resize(points, (-(-len(points) // together), together, len(axes)))  # the rest is computed again
-    losses = np.asarray(_evaluate(bound(loss), params, batches, tuple(directions), padded)).ravel()[: len(points)]
+    found: list[jax.Array] = []
+    with progress(len(points), "landscape") as bar:
+        for side_by_side in padded:
+            found.append(_evaluate(bound(loss), params, batches, tuple(directions), side_by_side))
+            if len(found) > 1:  # the device has the next points before this waits
+                bar.update((len(found) - 1) * together, loss=float(found[-2][0]))
+        losses = np.concatenate(jax.device_get(found))[: len(points)]
+        bar.update(len(points))
     return Landscape(axes, losses.reshape([len(axis) for axis in axes[::-1]]))
+
+
+def check(directions: int, axes: Sequence[np.ndarray], together: int) -> None:
+    """Raises a `UserError` unless there are one or two directions, an axis that rises for each, and points side by side."""
+    if len(axes) not in (1, 2) or directions != len(axes):
+        raise UserError(
+            f"a landscape of {directions} directions and {len(axes)} axes: give one or two of each, equally many"
+        )
+    for axis in axes:
+        if axis.ndim != 1 or axis.size == 0 or not np.isfinite(axis).all() or not (np.diff(axis) > 0).all():
+            raise UserError(f"the axis {axis.tolist()} of a landscape must hold numbers in rising order")
+    if together < 1:
+        raise UserError(f"together={together}: give at least 1 point")
 
 
 @jax.jit
@@ -162,19 +182,35 @@ def _evaluate(loss, params, batches, directions, points):
 
         return mean_loss(loss, jax.tree.map(move, params, *directions), batches)
 
-    return jax.lax.map(jax.vmap(at), points)
+    return jax.vmap(at)(points)
 
 
-# --- Plots ---
+# --- Reports ---
+
+
+def summary_table(found: Mapping[str, Landscape], centers: Mapping[str, float]) -> Table:
+    """Returns a row for each model: the loss at its parameters, and the lowest, mean and highest on the grid.
+
+    Args:
+      found: by model.
+      centers: the losses at the parameters themselves.
+    """
+    rows = []
+    for name, each in found.items():
+        finite = each.losses[np.isfinite(each.losses)]
+        numbers = [float(f(finite)) for f in (np.min, np.mean, np.max)] if finite.size else [None] * 3
+        rows.append([name, centers[name], *numbers, each.losses.size - finite.size])
+    columns = ["model", "loss", "lowest", "mean", "highest", "not finite"]
+    return Table(columns, rows, dict.fromkeys(columns[1:5], ".4f"))
 
 
 def plot_contours(found: Mapping[str, Landscape], path: str | os.PathLike[str], levels: int = 20) -> None:
-    """Draws two-dimensional landscapes side by side, with the same levels.
+    """Draws two-dimensional landscapes side by side, with the same colours; what is not finite stays white.
 
     Args:
       found: by model.
       path: of the PNG.
-      levels: how many lines at most, about.
+      levels: how many steps of colour at most.
 
     Raises:
       UserError: a landscape that is not two by two points at least, or no finite loss.
@@ -186,14 +222,19 @@ def plot_contours(found: Mapping[str, Landscape], path: str | os.PathLike[str], 
     if not finite.size:
         raise UserError("no finite loss to plot: look at the parameters and the reach of the axes")
     low, high = float(finite.min()), float(finite.max())
-    edges = np.linspace(low, high if high > low else low + 1.0, levels)
-    figure, grid = new_figure(4.2 * len(found), 3.8, columns=len(found))
+    edges = MaxNLocator(levels).tick_values(low, high if high > low else low + 1.0)
+    figure, grid = new_figure(3.9 * len(found) + 0.8, 3.9, columns=len(found))
     for axes, (name, each) in zip(grid[0], found.items(), strict=True):
-        drawn = axes.contour(*each.axes, each.losses, levels=edges, cmap="viridis", linewidths=1)
-        axes.clabel(drawn, fontsize=6, fmt="%.3g")
+        drawn = axes.contourf(*each.axes, each.losses, levels=edges, cmap="viridis")
+        axes.contour(*each.axes, each.losses, levels=edges, colors="white", linewidths=0.4)
+        axes.plot(0, 0, "+", color="white", markersize=9, markeredgewidth=1.6)  # the model itself
         axes.set_aspect("equal")
         axes.set_title(name, fontsize=9, color=INK, loc="left")
         axes.tick_params(labelsize=7)
+    bar = figure.colorbar(drawn, ax=list(grid[0]), shrink=0.85, pad=0.02)
+    bar.set_label("loss", fontsize=9, color=INK)
+    bar.ax.tick_params(labelsize=7, length=2)
+    bar.outline.set_visible(False)
     figure.supxlabel("multiple of the first direction", fontsize=9, color=INK)
     figure.supylabel("of the second", fontsize=9, color=INK)
     save_figure(figure, path)

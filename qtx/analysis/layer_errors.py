@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,7 @@ from qtx.methods.distillation import (
     Distillation,
     LayerRule,
     Padding,
+    Pairs,
     Side,
     Teacher,
     check_teacher,
@@ -65,12 +67,7 @@ def layer_errors(
     """
     if len(batches) == 0:
         raise UserError("errors of layers got no batches; give at least one")
-    for name in quantities:
-        if name not in QUANTITIES:
-            raise UserError(f"unknown quantity {name!r} of layers{near_misses(name, QUANTITIES)}")
-    counts = [model.config.num_layers for model in (student.model, teacher.model)]  # type: ignore[attr-defined]
-    pairs = layer_pairs(layers, *counts)
-    check_teacher(Distillation(student.model, teacher.model, dict.fromkeys(quantities, 1.0), pairs, padding=padding))
+    pairs = check(student.model, teacher.model, quantities, layers, padding)
     total = None
     with progress(len(batches), "errors of layers") as bar:
         for done, batch in enumerate(batches, 1):
@@ -80,7 +77,26 @@ def layer_errors(
             bar.update(done)
     assert total is not None
     sums, weight = jax.device_get(total)
-    return {name: values / weight for name, values in sums.items()}
+    return {name: sums[name] / weight for name in quantities}
+
+
+def check(
+    student: nn.Module,
+    teacher: nn.Module,
+    quantities: Sequence[str],
+    layers: LayerRule | Sequence[tuple[int, int]] = "same",
+    padding: Padding = "ignore",
+) -> Pairs:
+    """Returns the pairs of layers that `layer_errors` compares; arguments and errors are its."""
+    if not quantities:
+        raise UserError(f"no quantities of layers to compare; choose from {', '.join(QUANTITIES)}")
+    for name in quantities:
+        if name not in QUANTITIES:
+            raise UserError(f"unknown quantity {name!r} of layers{near_misses(name, QUANTITIES)}")
+    counts = [model.config.num_layers for model in (student, teacher)]  # type: ignore[attr-defined]
+    pairs = layer_pairs(layers, *counts)
+    check_teacher(Distillation(student, teacher, dict.fromkeys(quantities, 1.0), pairs, padding=padding))
+    return pairs
 
 
 @partial(jax.jit, static_argnums=range(5))

@@ -17,9 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.tree_util import Partial
 
-from qtx.errors import UserError
+from qtx.errors import UserError, near_misses
+from qtx.quant.policy import matches
 from qtx.train.phase import Batch, inputs, label_losses
 
 Loss = Callable[[Any, Any], jax.Array]
@@ -61,14 +63,44 @@ def sum_of_norms(params: Any) -> jax.Array:
     return sum((norm(x) for x in jax.tree.leaves(params)), jnp.zeros(()))
 
 
+def of_some(loss: Loss, params: Mapping[str, Any], patterns: Sequence[str]) -> tuple[Partial, dict[str, jax.Array]]:
+    """Returns a loss as a function of some of the parameters, and those, flat by name; the others stay as they are.
+
+    Args:
+      loss: `(params, batch) -> scalar`.
+      params: nested parameters.
+      patterns: of their names.
+
+    Raises:
+      UserError: a pattern that matches no parameter, or no pattern.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    if not patterns:
+        raise UserError("no patterns of parameters; '**' takes all of them")
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in flat):
+            raise UserError(f"{pattern!r} matches no parameter{near_misses(pattern, flat)}")
+    chosen = {name: x for name, x in sorted(flat.items()) if any(matches(pattern, name) for pattern in patterns)}
+    return Partial(_together, loss, {name: x for name, x in flat.items() if name not in chosen}), chosen
+
+
+def _together(loss: Loss, others: Mapping[str, Any], chosen: Mapping[str, Any], batch: Batch) -> jax.Array:
+    return loss(traverse_util.unflatten_dict({**others, **chosen}, sep="/"), batch)
+
+
 def bound(loss: Loss) -> Partial:
     """Returns a loss in the form that can be an argument of a compiled program."""
     return loss if isinstance(loss, Partial) else Partial(loss)
 
 
+@jax.jit
+def _mean(loss: Partial, params: Any, batches: Any) -> jax.Array:
+    return jnp.mean(jax.lax.map(lambda batch: loss(params, batch), batches))
+
+
 def mean_loss(loss: Loss, params: Any, batches: Any) -> jax.Array:
     """Returns the mean of a loss over batches `[N, ...]`, one after the other."""
-    return jnp.mean(jax.lax.map(lambda batch: loss(params, batch), batches))
+    return _mean(bound(loss), params, batches)
 
 
 def stack(batches: Sequence[Batch]) -> dict[str, Any]:

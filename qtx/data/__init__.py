@@ -8,7 +8,17 @@ from qtx.data.batching import Batches, bucket_lengths, in_order
 from qtx.data.pair_batching import PairBatches, bucket_shapes
 from qtx.data.pair_tokenizer import EncodedPairs, PairTokenizer, encode_pairs
 from qtx.data.parallel import Pairs, ParallelDataset, load_pairs, load_parallel
-from qtx.data.sources import Dataset, Examples, load, load_folder, load_table
+from qtx.data.sources import (
+    Dataset,
+    Examples,
+    TrainingRows,
+    load,
+    load_augmented,
+    load_folder,
+    load_table,
+    training_rows,
+    with_label_order,
+)
 from qtx.data.tasks import CORPORA, TASKS, Task, TranslationTask, get_task, get_translation_task
 from qtx.data.tokenize import Encoded, check_tokenizer, encode, load_tokenizer
 
@@ -25,6 +35,7 @@ __all__ = [
     "Pairs",
     "ParallelDataset",
     "Task",
+    "TrainingRows",
     "TranslationTask",
     "bucket_lengths",
     "bucket_shapes",
@@ -35,9 +46,12 @@ __all__ = [
     "get_translation_task",
     "in_order",
     "load",
+    "load_augmented",
     "load_folder",
     "load_pairs",
     "load_parallel",
     "load_table",
     "load_tokenizer",
+    "training_rows",
+    "with_label_order",
 ]

@@ -70,7 +70,11 @@ def first_file(folder: Path, names: Iterable[str]) -> Path | None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Reads a file, compressed or not; raises a `UserError` if there is no such file or it is damaged."""
+    """Reads a file, compressed or not.
+
+    Raises:
+      UserError: there is no such file, or it is damaged.
+    """
     try:
         with OPENERS.get(path.suffix, open)(path, "rb") as file:
             return file.read()

@@ -1,4 +1,4 @@
-"""Where texts and labels come from: GLUE and AG_NEWS files, tensorflow-datasets, two pip packages, the user's own files.
+"""Where texts and labels come from: GLUE, AG_NEWS and TextGCN files, tensorflow-datasets, pip packages, the user's files.
 
 Everything is read before it is returned, and what is wrong with a file is said with its name and line.
 """
@@ -29,10 +29,12 @@ from qtx.data.reading import (
     labelled_folders,
     limited,
     places,
+    read_lines,
     read_text,
     stratified,
 )
 from qtx.data.tasks import Task, get_task
+from qtx.data.textgcn import CORPORA, load_split_texts
 from qtx.errors import UserError, near_misses
 
 
@@ -82,6 +84,8 @@ def load(
     `<data_dir>/ag_news/` or `<data_dir>/`, and from tensorflow-datasets where there are none. It has no validation split
     of its own: 5% of the training rows of every class, drawn with `seed`, become it. `test` is the whole test file.
 
+    TextGCN's corpora (20ng, R8, R52, ohsumed, mr) come cleaned, with their published splits: see `qtx.data.textgcn`.
+
     Args:
       task: a name in `tasks.TASKS`, or that task.
       data_dir: where the files are; the environment variable QTX_DATA_DIR when not given.
@@ -100,6 +104,8 @@ def load(
         splits = _load_glue(task, data_dir)
     elif task.name == "ag_news":
         splits = _load_ag_news(task, data_dir, seed)
+    elif task.name in CORPORA:
+        splits = {name: Examples((texts,), ids) for name, (texts, ids) in load_split_texts(task, data_dir).items()}
     else:
         raise UserError(f"task {task.name!r} is not built in; use load_table or load_folder for your own files")
     return Dataset(task, limited(splits, limit_train, limit_eval, seed))
@@ -166,6 +172,116 @@ def load_folder(path: str | os.PathLike[str], seed: int = 0) -> Dataset:
     return Dataset(task, splits)
 
 
+def with_label_order(dataset: Dataset, path: str | os.PathLike[str]) -> Dataset:
+    """Returns a data set with other class ids: the number of the line on which each class stands in a file.
+
+    A model that was trained elsewhere has the classes in that order; the published builds of TextGCN's corpora shuffle them.
+
+    Args:
+      dataset: a classification task.
+      path: a file with one class name per line, every class once.
+
+    Raises:
+      UserError: the task is a regression, or the file does not hold its classes.
+    """
+    task, names = dataset.task, read_lines(Path(path))
+    if task.is_regression:
+        raise UserError(f"task {task.name!r} has scores, not classes; leave label_order out")
+    for line, name in enumerate(names, 1):
+        if name not in task.labels or name in names[: line - 1]:
+            fault = f"unknown label {name!r}{near_misses(name, task.labels)}"
+            if name in task.labels:
+                fault = f"label {name!r} for the second time; every class stands there once"
+            raise UserError(f"{path}, line {line}: {fault}")
+    if len(names) < task.num_labels:
+        missing = next(name for name in task.labels if name not in names)
+        raise UserError(
+            f"{path} names {len(names)} of {task.num_labels} classes of {task.name}; {missing!r} is missing"
+        )
+    ids = np.array([names.index(name) for name in task.labels], np.int32)
+    splits = {name: Examples(split.texts, ids[split.labels]) for name, split in dataset.splits.items()}
+    return Dataset(dataclasses.replace(task, labels=tuple(names)), splits)
+
+
+# ------------------------------------------------------------------------------------ augmented training data
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingRows:
+    """The training examples of a task as rows of a file, with all of its columns.
+
+    Attributes:
+      names: of the columns.
+      has_header: whether the file begins with them.
+      texts: numbers of the columns that hold the texts.
+      rows: one tuple of fields per example.
+    """
+
+    names: tuple[str, ...]
+    has_header: bool
+    texts: tuple[int, ...]
+    rows: list[tuple[str, ...]]
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.rows)
+
+    def take(self, rows: np.ndarray) -> TrainingRows:
+        """Returns the examples at these row numbers, in that order."""
+        return dataclasses.replace(self, rows=[self.rows[row] for row in rows])
+
+
+def training_rows(
+    dataset: Dataset,
+    data_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    limit_train: int | None = None,
+) -> TrainingRows:
+    """Returns a task's training examples in the layout of its official file.
+
+    Where there is none, the columns are the texts, under the names of the task, and `label`, with the name of the class.
+
+    Args:
+      dataset: from `load`, `load_table` or `load_folder`.
+      data_dir: as it was given to `load`, and so are the others.
+      seed: of the limited subset.
+      limit_train: keep a random subset of at most this many examples.
+    """
+    task, layout = dataset.task, _layout_of(dataset.task)
+    searched = places(data_dir, (f"glue/{layout.folder}", layout.folder)) if layout.folder else []
+    path = next((path for folder in searched if (path := first_file(folder, ("train.tsv",)))), None)
+    if path is not None:
+        names = layout.header or tuple(next(_records(path))[1])
+        rows = _read_table(path, names, layout.header, layout.tolerance).rows()
+    else:
+        examples = dataset.splits["train"]
+        limit_train = None  # it is limited already
+        names = layout.header or (*layout.texts, layout.label)
+        labels = [str(x) if task.is_regression else layout.tokens[x] for x in examples.labels.tolist()]
+        known = dict(zip((*layout.texts, layout.label), (*examples.texts, labels), strict=True))
+        empty = [""] * len(examples)
+        rows = list(zip(*(known.get(name, empty) for name in names), strict=True))
+    found = TrainingRows(names, layout.header is None, tuple(names.index(name) for name in layout.texts), rows)
+    return limited({"train": found}, limit_train, None, seed)["train"]
+
+
+def load_augmented(task: Task, path: str | os.PathLike[str]) -> Examples:
+    """Reads training examples in the layout of `training_rows`.
+
+    Args:
+      task: what they are for.
+      path: a file, or a directory that holds `train_aug.tsv` (or `.gz`).
+
+    Raises:
+      UserError: a missing file, or one whose columns, rows or labels are not the task's.
+    """
+    path, layout = Path(path), _layout_of(task)
+    file = first_file(path, ("train_aug.tsv",)) if path.is_dir() else path
+    if file is None or not file.is_file():
+        raise UserError(f"no augmented training data at {path}; make it with launch/augment.py and give its workdir")
+    return _to_examples(_read_table(file, (*layout.texts, layout.label), layout.header), task, layout.tokens)
+
+
 # ---------------------------------------------------------------------------------------------------- GLUE
 
 
@@ -208,6 +324,11 @@ _GLUE = {
     "rte": _Layout("RTE", ("sentence1", "sentence2"), "label", ("entailment", "not_entailment")),
     "wnli": _Layout("WNLI", ("sentence1", "sentence2"), "label"),
 }
+
+
+def _layout_of(task: Task) -> _Layout:
+    """Returns the layout of a task's official files, or one of its own columns, without a folder, where it has none."""
+    return _GLUE.get(task.name) or _Layout("", task.columns, "label", task.labels)
 
 
 def _load_glue(task: Task, data_dir: str | os.PathLike[str] | None) -> dict[str, Examples]:

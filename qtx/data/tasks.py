@@ -7,7 +7,7 @@ import re
 
 from qtx.errors import UserError, near_misses
 
-METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
+METRICS = ("accuracy", "f1", "weighted_f1", "matthews", "pearson", "spearman")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,36 @@ class Task:
 
 _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
+_NEWSGROUPS = (
+    "alt.atheism",
+    "comp.graphics",
+    "comp.os.ms-windows.misc",
+    "comp.sys.ibm.pc.hardware",
+    "comp.sys.mac.hardware",
+    "comp.windows.x",
+    "misc.forsale",
+    "rec.autos",
+    "rec.motorcycles",
+    "rec.sport.baseball",
+    "rec.sport.hockey",
+    "sci.crypt",
+    "sci.electronics",
+    "sci.med",
+    "sci.space",
+    "soc.religion.christian",
+    "talk.politics.guns",
+    "talk.politics.mideast",
+    "talk.politics.misc",
+    "talk.religion.misc",
+)
+_REUTERS_8 = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
+_REUTERS_52 = tuple(
+    "acq alum bop carcass cocoa coffee copper cotton cpi cpu crude dlr earn fuel gas gnp gold grain heat housing income "
+    "instal-debt interest ipi iron-steel jet jobs lead lei livestock lumber meal-feed money-fx money-supply nat-gas "
+    "nickel orange pet-chem platinum potato reserves retail rubber ship strategic-metal sugar tea tin trade veg-oil wpi "
+    "zinc".split()
+)
+_DISEASES = tuple(f"C{i:02d}" for i in range(1, 24))  # MeSH categories
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -60,10 +90,14 @@ TASKS: dict[str, Task] = {
         Task("ag_news", ("text",), ("World", "Sports", "Business", "Sci/Tech"), tfds="ag_news_subset"),
         Task("film_reviews", ("text",), ("rotten", "fresh")),
         Task("bbc_news", ("text",), ("business", "entertainment", "politics", "sports", "tech")),
+        # The corpora of TextGCN (Yao, Mao and Luo 2019). Classes are sorted: the published order changes with every build.
+        Task("20ng", ("text",), _NEWSGROUPS),
+        Task("R8", ("text",), _REUTERS_8),
+        Task("R52", ("text",), _REUTERS_52),
+        Task("ohsumed", ("text",), _DISEASES),
+        Task("mr", ("text",), ("0", "1")),  # negative, positive
     )
 }
-
-
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGE_TASKS: dict[str, Task] = {
     task.name: task
@@ -72,18 +106,18 @@ IMAGE_TASKS: dict[str, Task] = {
         Task("mnist", (), tuple("0123456789"), tfds="mnist"),
     )
 }
+_BY_LOWER = {name.lower(): task for name, task in (TASKS | IMAGE_TASKS).items()}
 
 
 def get_task(name: str) -> Task:
-    """Returns the built-in task of that name.
+    """Returns the built-in task of that name; capitals make no difference (`r8` is `R8`).
 
     Raises:
       UserError: there is no such task; the message names the nearest ones.
     """
-    known = TASKS | IMAGE_TASKS
-    if name not in known:
-        raise UserError(f"unknown task {name!r}{near_misses(name, known)}")
-    return known[name]
+    if name.lower() not in _BY_LOWER:
+        raise UserError(f"unknown task {name!r}{near_misses(name, TASKS | IMAGE_TASKS)}")
+    return _BY_LOWER[name.lower()]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Look into a trained model: which quantizers cost its score, where its outliers are, how its weights are
-distributed, what its tensors weigh.
+distributed, what its tensors weigh; and, in `qtx.experiments.analyze_loss`, how its loss looks and how far its layers are off.
 
 `config.analyses` names what is done, `config.analysis` says how. The run directory gets the tables as Markdown and CSV, the
-plots and a `report.md` with all of them. A sensitivity that was interrupted goes on after its last variant.
+plots and a `report.md` with all of them. A sensitivity that was interrupted goes on after its last variant, the analyses of
+the loss after their last model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from ml_collections import ConfigDict
 
 from qtx.analysis import memory, outliers, sensitivity, weights
 from qtx.errors import UserError, near_misses
+from qtx.experiments.analyze_loss import Part, curvature_part, landscape_part, layer_errors_part
 from qtx.experiments.classification import Classification
+from qtx.experiments.efficiency import efficiency
 from qtx.experiments.experiment import VALIDATION
 from qtx.experiments.run import calibration_options, policy_to_apply
 from qtx.experiments.setup import setup
@@ -33,8 +36,6 @@ _WHY_THEY_DIFFER = (
     "never exist. Fake quantization computes in float32 and puts the weights on their grids within the program, so its buffers "
     "are more, not less: on hardware with integer kernels it is the sum of the sites that shrinks."
 )
-
-Part = Callable[[Path], list["str | Table"]]  # writes its files and returns what the report says
 
 
 def analyze(config: ConfigDict, workdir: str | Path) -> str:
@@ -66,7 +67,7 @@ def analyze(config: ConfigDict, workdir: str | Path) -> str:
     save_config(config, workdir)
     lines = [f"# {config.model.name} on {experiment.task.name}"]
     for name, part in parts.items():
-        lines.append(f"## {name.capitalize()}")
+        lines.append(f"## {name.replace('_', ' ').capitalize()}")
         for block in part(workdir):
             if isinstance(block, Table):
                 block.print()
@@ -221,4 +222,8 @@ ANALYSES: dict[str, Callable[[Classification, Policy], Part]] = {
     "outliers": _outliers,
     "weights": _weights,
     "memory": _memory,
+    "curvature": curvature_part,
+    "landscape": landscape_part,
+    "layer_errors": layer_errors_part,
+    "efficiency": efficiency,
 }

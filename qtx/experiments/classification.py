@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from qtx import data, models
 from qtx.data.batching import Batches, bucket_lengths
+from qtx.data.corpus import published_splits
 from qtx.errors import UserError
 from qtx.experiments.experiment import (
     LABELLED,
@@ -41,29 +42,8 @@ class Classification(Experiment):
 
     @classmethod
     def make(cls, config: ConfigDict) -> Classification:
-        """Loads and checks everything that a run needs, cheapest first.
-
-        Raises:
-          UserError: on anything in the configuration, the data or the checkpoint that does not fit.
-        """
-        if config.task not in ("table", "folder"):
-            data.get_task(config.task)  # a slip of the pen there is no fault of the model
-        mesh = check_model(config.model, config.model_parallel)
-        _, sizes = family_and_sizes(config.model)
-        if not isinstance(sizes, BertConfig):
-            raise UserError(f"task {config.task!r} needs a model that classifies texts, unlike {config.model.name!r}")
-        directory = models.locate(config.model.tokenizer if from_nothing(config.model) else config.model.name)
-        if config.data.max_length > sizes.max_positions:
-            raise UserError(
-                f"data.max_length {config.data.max_length} exceeds the model's {sizes.max_positions} positions"
-            )
-        dataset = load_dataset(config)
-        tokenizer = data.load_tokenizer(directory)
-        data.check_tokenizer(tokenizer, sizes.vocab_size)
-        model, ranges, pretrained = load_model(config, dataset.task.num_labels)
-        length = config.data.max_length
-        encoded = {name: data.encode(tokenizer, split, length) for name, split in dataset.splits.items()}
-        return cls(config, tokenizer, pretrained, model, ranges, encoded, mesh, dataset)
+        """Loads and checks everything that a run needs: see `prepare`."""
+        return prepare(config)
 
     @property
     def task(self) -> data.Task:
@@ -76,6 +56,10 @@ class Classification(Experiment):
         sizes = self.pretrained.config
         assert isinstance(sizes, BertConfig), "only models of texts are padded"
         return sizes.pad_token_id
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.task.labels
 
     def batches(self, split: str, batch_size: int, shuffle: bool, epochs: int | None, seed: int = 0) -> Batches:
         """Returns the batches of a split."""
@@ -93,8 +77,8 @@ class Classification(Experiment):
             shard_count=jax.process_count(),
         )
 
-    def first_batches(self, count: int, batch_size: int) -> Sequence[Mapping[str, np.ndarray]]:
-        encoded = self.encoded["train"]
+    def first_batches(self, count: int, batch_size: int, split: str = "train") -> Sequence[Mapping[str, np.ndarray]]:
+        encoded = self.encoded[split]
         longest = bucket_lengths(encoded.lengths, self.config.data.max_length, 1, self.config.data.padding)
         found = Batches(encoded, batch_size, longest, seed=self.config.seed, pad_id=self.pad_id)
         return [b for b in (found[i] for i in range(found.batches_per_epoch)) if b["weights"].all()][:count]
@@ -153,11 +137,55 @@ class Classification(Experiment):
         return found | ({"score": float(np.mean(scores))} if scores else {})
 
 
+def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Classification:
+    """Loads and checks everything that a run needs, cheapest first.
+
+    Args:
+      config: the configuration.
+      dataset: what to take for the one that it names.
+
+    Raises:
+      UserError: on anything in the configuration, the data or the checkpoint that does not fit.
+    """
+    if config.task not in ("table", "folder"):
+        data.get_task(config.task)  # a slip of the pen there is no fault of the model
+    mesh = check_model(config.model, config.model_parallel)
+    _, sizes = family_and_sizes(config.model)
+    if not isinstance(sizes, BertConfig):
+        raise UserError(f"task {config.task!r} needs a model that classifies texts, unlike {config.model.name!r}")
+    directory = models.locate(config.model.tokenizer if from_nothing(config.model) else config.model.name)
+    if config.data.max_length > sizes.max_positions:
+        raise UserError(f"data.max_length {config.data.max_length} exceeds the model's {sizes.max_positions} positions")
+    dataset = dataset or load_dataset(config)
+    tokenizer = data.load_tokenizer(directory)
+    data.check_tokenizer(tokenizer, sizes.vocab_size)
+    model, ranges, pretrained = load_model(config, dataset.task.num_labels)
+    length = config.data.max_length
+    encoded = {name: data.encode(tokenizer, split, length) for name, split in dataset.splits.items()}
+    return Classification(config, tokenizer, pretrained, model, ranges, encoded, mesh, dataset)
+
+
 def load_dataset(config: ConfigDict) -> data.Dataset:
+    """Loads the data set that a configuration names, with its augmented training examples if it names any."""
+    c = config.data
+    found = load_originals(config)
+    if not c.augmented:
+        return found
+    splits = found.splits | {"train": data.load_augmented(found.task, c.augmented)}
+    return dataclasses.replace(found, splits=splits)
+
+
+def load_originals(config: ConfigDict) -> data.Dataset:
     """Loads the data set that a configuration names."""
     c = config.data
     if config.task == "table":
-        return data.load_table(c.train, c.validation, tuple(c.text_columns), c.label_column)
-    if config.task == "folder":
-        return data.load_folder(c.train, seed=c.seed)
-    return data.load(config.task, c.dir, c.seed, c.limit_train or None, c.limit_eval or None)
+        found = data.load_table(c.train, c.validation, tuple(c.text_columns), c.label_column)
+    elif config.task == "folder":
+        found = data.load_folder(c.train, seed=c.seed)
+    else:
+        found = data.load(config.task, c.dir, c.seed, c.limit_train or None, c.limit_eval or None)
+    if c.splits not in ("own", "graph"):
+        raise UserError(f"unknown data.splits {c.splits!r}; choose from 'own', 'graph'")
+    if c.splits == "graph":
+        found = published_splits(found)
+    return data.with_label_order(found, c.label_order) if c.label_order else found

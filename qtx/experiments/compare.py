@@ -19,7 +19,7 @@ from rich.console import Console
 
 from qtx import data
 from qtx.errors import UserError
-from qtx.experiments.classification import Classification
+from qtx.experiments.classification import Classification, load_dataset
 from qtx.experiments.config import changed, policy_from, rounding_from
 from qtx.experiments.experiment import VALIDATION, family_and_sizes
 from qtx.experiments.run import check_quantization, post_training_quantization, save_quantized, train
@@ -27,11 +27,34 @@ from qtx.files import write_text
 from qtx.methods.adaround import AdaRound
 from qtx.quant.policy import Policy
 from qtx.train import metrics
-from qtx.train.report import Table, plot_accuracy_against_size
+from qtx.train.report import Table, plot_accuracy_against_size, save_config
 
 
-def tfidf_predictions(dataset: data.Dataset) -> Any:
-    """Returns predictions for the validation split from TF-IDF of words and pairs with logistic or ridge regression."""
+def baseline(config: ConfigDict, workdir: str | Path | None = None) -> dict[str, float]:
+    """Returns the metrics of TF-IDF of words and pairs with logistic or ridge regression, as an experiment names them.
+
+    Args:
+      config: for its task and data.
+      workdir: receives `result.json`, if given.
+    """
+    dataset = load_dataset(config)
+    values = {}
+    for split, prefix in (("validation", ""), ("test", "test_")):
+        if split in dataset.splits:
+            found = metrics.compute(
+                dataset.task.metrics, tfidf_predictions(dataset, split), dataset.splits[split].labels
+            )
+            values |= {prefix + name: value for name, value in found.items()}
+            if not prefix:
+                values["score"] = metrics.score(found)
+    if workdir:
+        save_config(config, workdir)
+        write_text(Path(workdir) / "result.json", json.dumps(values, indent=2))
+    return values
+
+
+def tfidf_predictions(dataset: data.Dataset, split: str = "validation") -> Any:
+    """Returns predictions for a split from TF-IDF of words and pairs with logistic or ridge regression."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
@@ -41,7 +64,7 @@ def tfidf_predictions(dataset: data.Dataset) -> Any:
     }
     head = Ridge() if dataset.task.is_regression else LogisticRegression(max_iter=1000)
     pipeline = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), head)
-    return pipeline.fit(texts["train"], dataset.splits["train"].labels).predict(texts["validation"])
+    return pipeline.fit(texts["train"], dataset.splits["train"].labels).predict(texts[split])
 
 
 @dataclasses.dataclass
@@ -119,9 +142,8 @@ def compare(config: ConfigDict, workdir: str | Path) -> list[Row]:
         score = experiment.evaluate(quantized.model, quantized.variables, VALIDATION)["score"]
         family, sizes = experiment.pretrained.family, experiment.pretrained.config
         directory = workdir / "quantized" / re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
-        size = save_quantized(
-            directory, family, sizes, policy, quantized.params, quantized.ranges, experiment.tokenizer
-        )
+        kept = experiment.tokenizer, experiment.labels
+        size = save_quantized(directory, family, sizes, policy, quantized.params, quantized.ranges, *kept)
         bits = bits_of(policy, "weight"), bits_of(policy, "activation")
         rows.append(Row(name, *bits, score, full - score, size, time.perf_counter() - clock))
         console.print(f"{name}: {score:.4f} ({full - score:+.4f} lost, {rows[-1].seconds:.0f} s)", highlight=False)

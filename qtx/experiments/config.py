@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from ml_collections.config_dict import placeholder
 from qtx.errors import UserError, near_misses
 from qtx.methods.adaround import AdaRound
 from qtx.methods.agnews_study import input_policy
+from qtx.methods.bit_transformer import bit_policy
 from qtx.methods.efficient_quantization import Value, policy_of, with_value
 from qtx.methods.patterns import pattern_policy
 from qtx.methods.teacher_intervention import CLIP, student_policy
@@ -63,8 +65,10 @@ def base() -> ConfigDict:
                 "start": placeholder(
                     str
                 ),  # of a model from nothing: a BERT checkpoint whose embeddings and attention it gets
+                "layers": (),  # of a checkpoint: those that are kept, from 0, such as every second one; (): all
                 "fresh_head": True,  # initialise pooler and classifier anew
-                "pooling": "cls",  # or 'mean'
+                "pooling": "cls",  # of a fresh head: or 'mean'
+                "pooler": True,  # of a fresh head: a dense layer before the classifier
                 "hidden_dropout": placeholder(float),  # None: as in the checkpoint
                 "attention_dropout": placeholder(float),
                 "classifier_dropout": placeholder(float),
@@ -82,7 +86,10 @@ def base() -> ConfigDict:
                 "validation": "",  # task 'table'
                 "text_columns": ("text",),  # task 'table'
                 "label_column": "label",  # task 'table'
-                "limit_train": 0,  # examples; 0: all
+                "splits": "own",  # 'graph': as text graphs were published; of GLUE, validation examples are the test split
+                "label_order": "",  # file with one class per line, in the order of the class ids; '': sorted, or the task's
+                "augmented": "",  # training examples that launch/augment.py made (its workdir), in place of the task's
+                "limit_train": 0,  # examples; 0: all. Of what is augmented, not of its copies
                 "limit_eval": 0,
                 "max_length": 128,  # tokens
                 "padding": "bucket",  # or 'max'
@@ -100,6 +107,8 @@ def base() -> ConfigDict:
                 "crop": 0,  # pixels that training images are shifted by at most
                 "flip": False,  # half of the training images are mirrored, left and right
             },
+            "graph": text_graph(),
+            "bittransgnn": bittransgnn(),
             "translation": translation(),
             "teacher": {  # of phases with `losses`
                 "name": "",  # a trained checkpoint of the same task; '': the model that is trained, as it begins
@@ -130,6 +139,26 @@ def base() -> ConfigDict:
     )
 
 
+def bittransgnn() -> ConfigDict:
+    """Returns the section that describes models of text and graph; the graph itself is in the section `graph`."""
+    return ConfigDict(
+        {
+            "method": "",  # 'dynamic', 'static'; 'distillation': of a trained one into the encoder; '': there is no graph
+            "mix": 0.5,  # lambda, the graph's share of the vote
+            "hidden_size": 256,
+            "num_layers": 2,
+            "dropout": 0.5,  # between graph convolutions
+            "bias": True,  # of graph convolutions; quantized ones were published without
+            "refresh": "before",  # features of all documents are made again before evaluations; 'after' as published
+            "graph": "",  # a file of launch/build_graph.py, or where to save one; '': it is built for every run
+            "teacher": "",  # of distillation: a trained BitTransGNN, `model/` or `quantized/` of its run
+            "alpha": 0.5,  # share of distillation in the loss
+            "temperature": 1.0,
+            "target": "probabilities",  # or 'published'
+        }
+    )
+
+
 def translation() -> ConfigDict:
     """Returns the section that describes how translators are trained and decoded."""
     return ConfigDict(
@@ -143,6 +172,21 @@ def translation() -> ConfigDict:
             "length_penalty": 0.6,  # exponent of the length factor
             "limit": 100,  # tokens of a translation
             "published_bleu": False,  # report the published variant as well: greedy, on tokens and markers
+        }
+    )
+
+
+def text_graph() -> ConfigDict:
+    """Returns the section that describes text graphs; see `qtx.data.text_graph.GraphSettings`."""
+    return ConfigDict(
+        {
+            "adj_type": "full",  # 'no_doc', 'no_ww', 'doc_doc'
+            "inference": "transductive",  # 'inductive': of training documents alone
+            "window": 20,  # words
+            "neighbours": 25,  # of each document
+            "doc_doc_nodes": "fixed",  # 'as_published': neighbours of test documents lie on words
+            "words": "published",  # 'basic': BERT's words; 'cleaned': as TextGCN's corpora are cleaned
+            "tokenizer": "all-MiniLM-L6-v2",  # uncased; basic words that it has no pieces for are [UNK]; '': all are kept
         }
     )
 
@@ -170,6 +214,8 @@ def phase(quantized: bool = False, learning_rate: float = 5e-5) -> ConfigDict:
             "evaluate_every": 0.0,  # epochs between evaluations while training; 0: only after the phase
             "keep_best": False,  # end with the model of the best evaluation (its score on validation), not the last one
             "patience": 0,  # stop after so many evaluations without a better one; 0: never
+            "patience_start": placeholder(float),  # what the first must exceed to be one; None: nothing; published: 0
+            "metric": "score",  # the one that evaluations are compared by
             "optimizer": optimizer,
         }
     )
@@ -197,6 +243,15 @@ def quantization() -> ConfigDict:
             # with 8 bits, weights by the fields here, tables row by row; 'layers': likewise within the layers, and embeddings
             # and head stay in full precision, as for images; '': the fields here say all.
             "student": "",
+            "bit": {  # BitTransformer: which sites are quantized, and how, see `qtx.methods.bit_transformer.bit_policy`
+                "states": 0,  # of weights: 2 to 5; 0: the other fields here say all
+                "activation_bits": 8.0,  # 1.0, 1.58, 2.0, 2.32, 8.0 or 32.0
+                "embeddings": True,
+                "attention": True,  # query, key and value
+                "weight_scale": "row",  # 'tensor': the older code
+                "low_bit_act_scale": "token",  # 'tensor': the older code
+                "attention_act_32": "off",  # 'eight_bit', as published
+            },
             "pattern": "",  # of layers whose weights are quantized, see `qtx.methods.patterns`; '': all weights
             "weight_estimator": "current_minmax",
             "weight_options": ConfigDict(convert_dict=True),  # fields of the estimator
@@ -225,7 +280,7 @@ def sweeping(**fields: Any) -> ConfigDict:
     section = ConfigDict(
         {
             "name": "sweep",  # of the study, in a storage that several sweeps share
-            "entry": "train",  # of rows that name none: 'train', 'quantize', 'evaluate' or 'compare'
+            "entry": "train",  # of rows that name none: 'train', 'quantize', 'evaluate', 'compare' or 'baseline'
             "grid": (),  # axes: (field, values) or (name, {label: {field: value}}); the last one turns fastest
             "rows": (),  # dicts: see `plan.Row`
             "seeds": (1000,),
@@ -301,10 +356,60 @@ def analysis() -> ConfigDict:
             "weights": {
                 "bins": 100,  # of each histogram
             },
+            # The versions of the model that the analyses below compare.
+            "models": ("full_precision", "quantized"),
+            "also": (),  # further checkpoints of the same sizes, quantized likewise: (name, directory), ...
+            "curvature": {
+                "split": "validation",
+                "batches": 4,
+                "batch_size": 1,  # one example each, as in the figure
+                "norms": 0.0,  # of the sum of norms of all parameters in the loss; 0.01 as published
+                "params": ("**",),  # patterns of the parameters that the Hessian is of
+                "eigenvalues": 3,  # of greatest magnitude, of every batch for itself; 0: none
+                "iterations": 30,  # of each at most, 100 as published
+                "tolerance": 1e-3,  # relative: an eigenvalue or trace that changes by less is found
+                "samples": 30,  # of the trace at most, 100 as published; 0: no trace
+                "steps": 20,  # of Lanczos, each of which keeps a vector as long as the parameters; 0: no density
+                "runs": 1,  # of Lanczos, whose mean is the density
+            },
+            "landscape": {
+                "split": "train",
+                "batches": 1,
+                "batch_size": 32,
+                "norms": 0.0,
+                "directions": 2,  # 1: a curve, 2: contours
+                "reach": 0.5,  # multiples of the directions go from -reach to reach
+                "points": 11,  # on each axis; 21 are usual
+                "shared_norms": "inputs",  # 'outputs': one norm for all weights of an output
+                "still": (),  # patterns of parameters that do not move, such as the table of positions
+                "together": 4,  # points that run side by side
+            },
+            "layer_errors": {  # against `teacher`, with its rules for layers and padding
+                "split": "validation",
+                "batches": 8,
+                "batch_size": 32,
+                "quantities": ("self_output", "attention_output", "hidden_states"),
+            },
             "memory": {
                 "batch_size": 1,  # of the activations
                 "tokens": 128,
                 "compiled": True,  # compile the model, four programs, and ask XLA
+            },
+            "efficiency": {
+                "batch_size": 1,
+                "tokens": 128,
+                "rule": "corrected",  # or 'as_published': bytes and energy by the formulas of BitTransGNN, errors included
+                "process": "7nm",  # of the energy table; or '45nm'
+                "repeats": 20,  # measured forward passes
+                "sequences": 1,  # texts that energy is given for
+                "graph": {  # of a two-layer graph convolution beside the encoder; 0 nodes: there is none
+                    "nodes": 0,
+                    "entries": 0,  # of the adjacency: symmetric, with self loops (as_published: as stored, without)
+                    "hidden": 256,
+                    "bits": 32.0,  # of its weights
+                    "input_bits": 32.0,
+                    "passes": 1.0,  # over the whole graph, for all texts
+                },
             },
         }
     )
@@ -342,6 +447,8 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
     Raises:
       UserError: on unknown schemes, estimators, granularities, keys or values.
     """
+    if section.bit.states:
+        return _bit_policy(section)
     weights, activations = _weight_spec(section), _activation_spec(section)
     granularity = _granularity(section.activation_granularity)
     everywhere = None if granularity == per_tensor() else granularity
@@ -377,6 +484,8 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
 def _weight_spec(section: ConfigDict) -> Spec | None:
     scheme, bits = section.weight_scheme, section.weight_bits
     granularity = _granularity(section.weight_granularity)
+    if scheme == "absmean":
+        raise UserError("quant.weight_scheme 'absmean' has states, not bits: set quant.bit.states (2 to 5) instead")
     if scheme == "ir_net" or scheme in CODEBOOKS:
         least, most = CODEBOOKS.get(scheme, (1, 1))
         if bits is None:
@@ -415,6 +524,14 @@ def _activation_spec(section: ConfigDict) -> Spec | None:
         range_gradient=section.range_gradient,
         rounding="truncate" if section.activation_scheme == "shifted" else "nearest",
     )
+
+
+def _bit_policy(section: ConfigDict) -> Policy:
+    """Returns the policy of a BitTransformer."""
+    others = {name: section[name] for name in ("student", "pattern", "overrides", "weight_overrides") if section[name]}
+    if others:
+        raise UserError(f"quant.bit says which sites are quantized: leave quant.{next(iter(others))} empty")
+    return bit_policy(**section.bit)
 
 
 def _student_policy(section: ConfigDict, weights: Spec | None, overrides: dict[str, Value]) -> Policy:
@@ -481,7 +598,8 @@ def evaluation_from(
                 "(epochs) above 0"
             )
         return None
-    return Evaluation(run, section.evaluate_every, keep_best=section.keep_best, patience=section.patience)
+    start = -math.inf if section.patience_start is None else section.patience_start
+    return Evaluation(run, section.evaluate_every, section.metric, section.keep_best, section.patience, start)
 
 
 def optimizer_from(section: ConfigDict) -> OptimizerConfig:

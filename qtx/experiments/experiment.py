@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -17,12 +18,13 @@ from ml_collections import ConfigDict
 from qtx import models
 from qtx.analysis.amplify import amplify
 from qtx.errors import UserError, near_misses
-from qtx.export.packed import WEIGHTS_FILE, load_quantized
+from qtx.export.packed import WEIGHTS_FILE, load_quantized, packable, save_quantized
 from qtx.methods.agnews_study import without_quantized_biases
 from qtx.methods.calibrate import with_frozen_weights
 from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo, list_sites
-from qtx.train.phase import Objective, inputs, task_loss
+from qtx.quant.policy import Policy
+from qtx.train.phase import inputs, task_loss
 from qtx.train.sharding import make_mesh
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -59,6 +61,11 @@ class Experiment(abc.ABC):
         """What the model is applied to."""
         return {"params": self.pretrained.params, "ranges": self.ranges}
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, which a saved model keeps; () where there are none."""
+        return ()
+
     def frozen(self, model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
         """Returns a module and its variables with quantized weights on their grids, as `quant` wants them evaluated."""
         policy = model.policy  # type: ignore[attr-defined]
@@ -83,10 +90,32 @@ class Experiment(abc.ABC):
         """How metrics were computed, where their names do not say it; the title of result tables."""
         return ""
 
-    @property
-    def objective(self) -> Objective:
-        """What training minimises."""
-        return task_loss
+    def training(self) -> dict[str, Any]:
+        """Returns the fields of every `Phase` that are up to the kind of experiment: the objective, for one."""
+        return {"objective": task_loss}
+
+    def adapted(self, policy: Policy) -> Policy:
+        """Returns a policy for the family of the checkpoint in the form that fits the module of the experiment."""
+        return policy
+
+    def save(self, workdir: Path, trained: nn.Module, policy: Policy | None, variables: Mapping[str, Any]) -> None:
+        """Writes the float master as `model/` and, after a quantized phase, the packed artifact as `quantized/`.
+
+        Weights on a published grid without integers (`qtx.export.packed.packable`) are not packed: there is no artifact then.
+
+        Args:
+          workdir: run directory.
+          trained: the module of the last phase.
+          policy: as it was asked for; None: the last phase was not quantized.
+          variables: what training ended with.
+        """
+        family, sizes = self.pretrained.family, self.pretrained.config
+        models.save(workdir / "model", family, sizes, variables["params"], self.tokenizer, self.labels)
+        if policy is not None and packable(policy):
+            params = self.frozen(trained, variables)[1]["params"]
+            chosen = trained.policy  # type: ignore[attr-defined]
+            kept = self.tokenizer, self.labels
+            save_quantized(workdir / "quantized", family, sizes, chosen, params, variables["ranges"], *kept)
 
     @abc.abstractmethod
     def batches(self, split: str, batch_size: int, shuffle: bool, epochs: int | None, seed: int = 0) -> Any:
@@ -204,6 +233,8 @@ def load_model(
     dtype = DTYPES[config.model.dtype]
     directory = None if from_nothing(config.model) else models.locate(config.model.name)
     if directory is not None and (directory / WEIGHTS_FILE).is_file():
+        if config.model.layers:
+            raise UserError(f"model.layers: {config.model.name} is a packed artifact; give a float checkpoint")
         artifact = load_quantized(directory)
         theirs = getattr(artifact.config, "num_labels", None)
         if theirs != num_labels:
@@ -213,12 +244,18 @@ def load_model(
     fields = ("hidden_dropout", "attention_dropout", "classifier_dropout")
     rates = {field: config.model[field] for field in fields if config.model[field] is not None}
     if config.model.fresh_head and num_labels is not None:
-        rates["pooling"] = config.model.pooling
+        rates |= {"pooling": config.model.pooling, "pooler": config.model.pooler}
     if directory is None:
+        if config.model.layers:
+            raise UserError(
+                f"model.layers is for checkpoints, but {config.model.name} is made from nothing; leave it out"
+            )
         rates = config.model.sizes.to_dict() | sizes | rates
         pretrained = models.create(config.model.name, num_labels, config.seed, config.model.start, **rates)
     else:
         pretrained = models.load(str(directory), num_labels, config.model.fresh_head, config.seed, **rates)
+    if config.model.layers:
+        pretrained = models.keep_layers(pretrained, tuple(config.model.layers))
     if config.model.amplify.sites:
         if not isinstance(pretrained.config, BertConfig):
             raise UserError("model.amplify is for encoders with a classifier; leave model.amplify.sites empty")

@@ -58,8 +58,8 @@ class ImageClassification(Classification):
         drawn = dict(crop=c.crop, flip=c.flip) if shuffle else {}
         return self._batches(split, batch_size, shuffle, epochs, seed, **drawn)
 
-    def first_batches(self, count: int, batch_size: int) -> Sequence[Mapping[str, np.ndarray]]:
-        found = self._batches("train", batch_size, shuffle=True, epochs=1, seed=self.config.seed)
+    def first_batches(self, count: int, batch_size: int, split: str = "train") -> Sequence[Mapping[str, np.ndarray]]:
+        found = self._batches(split, batch_size, shuffle=True, epochs=1, seed=self.config.seed)
         # All but one of its batches are whole.
         first = (found[i] for i in range(min(count + 1, len(found))))
         return [batch for batch in first if batch["weights"].all()][:count]

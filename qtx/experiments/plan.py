@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from qtx.analysis.memory import totals, weight_memory
 from qtx.errors import UserError, near_misses
-from qtx.experiments.compare import compare
+from qtx.experiments.compare import baseline, compare
 from qtx.experiments.config import changed, policy_from
 from qtx.experiments.run import evaluate, quantize, train_and_evaluate
 
@@ -59,11 +59,16 @@ def _compare(config: ConfigDict, workdir: Path) -> Outcome:
     return {row.method: {"score": row.score} for row in compare(config, workdir)}
 
 
+def _baseline(config: ConfigDict, workdir: Path) -> Outcome:
+    return {"": baseline(config, workdir)}
+
+
 ENTRIES: dict[str, Callable[[ConfigDict, Path], Outcome]] = {
     "train": _train,
     "quantize": _quantize,
     "evaluate": _evaluate,
     "compare": _compare,
+    "baseline": _baseline,
 }
 SAMPLERS = ("grid", "random", "tpe")
 RELATIONS = (">", "~", ">=")
@@ -77,6 +82,8 @@ class Row:
       name: of the row in the table.
       entry: key of `ENTRIES`.
       start: name of the row whose model (`model/` in its run directory, same point and seed) is `model.name` here.
+      uses: further fields with the rows whose runs they name; behind a slash what of the run: `{"bittransgnn.teacher":
+        "dynamic/quantized"}`; without one its `model`.
       changes: values by dotted field.
       at: labels of the points that it is run at; empty: at all.
       changes_at: further changes, by label.
@@ -86,10 +93,16 @@ class Row:
     name: str
     entry: str
     start: str = ""
+    uses: Mapping[str, str] = dataclasses.field(default_factory=dict)
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     at: tuple[str, ...] = ()
     changes_at: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     published: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the rows whose models it needs."""
+        return tuple(filter(None, (self.start, *(given.partition("/")[0] for given in self.uses.values()))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +129,7 @@ class Trial:
       row: what it does.
       seeds: one run each.
       config: of its runs, but for the seed, the model that it starts from, and what a sampler draws.
-      start: group whose models it starts from, or empty.
+      sources: groups of the rows whose models it needs, by name.
       ranges: fields to be drawn; empty if nothing is.
       search: which samples belong together; empty if nothing is drawn.
     """
@@ -128,21 +141,33 @@ class Trial:
     row: Row
     seeds: tuple[int, ...]
     config: ConfigDict
-    start: str = ""
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ranges: tuple = ()
     search: str = ""
 
+    @property
+    def start(self) -> str:
+        """Group of the row whose model it starts from, or empty."""
+        return self.sources.get(self.row.start, "")
+
     def needs(self) -> tuple[str, ...]:
         """Names of the trials that have to be done before."""
-        return tuple(f"{self.start}/seed_{seed}" for seed in self.seeds) if self.start else ()
+        return tuple(f"{group}/seed_{seed}" for group in self.sources.values() for seed in self.seeds)
 
     def run_config(self, workdir: Path, seed: int, drawn: Mapping[str, Any]) -> ConfigDict:
         """Returns the configuration of one run."""
-        start: dict[str, Any] = {}
-        if self.start:
-            model = workdir.resolve() / self.start / f"seed_{seed}" / "model"
-            start = {"model.name": str(model), "model.start": None}  # what it started from itself
-        return changed(self.config, {"seed": seed, **start, **drawn}, self.name)
+
+        def run(row: str) -> Path:
+            return workdir.resolve() / self.sources[row] / f"seed_{seed}"
+
+        found: dict[str, Any] = {}
+        if self.row.start:
+            model = str(run(self.row.start) / "model")
+            found = {"model.name": model, "model.start": None}  # what it started from itself
+        for field, given in self.row.uses.items():
+            row, _, part = given.partition("/")
+            found[field] = str(run(row) / (part or "model"))
+        return changed(self.config, {"seed": seed, **found, **drawn}, self.name)
 
 
 def plan(config: ConfigDict) -> list[Trial]:
@@ -183,7 +208,7 @@ def plan(config: ConfigDict) -> list[Trial]:
                 raise UserError(
                     f"sweep.orderings: there is no row {name!r}{near_misses(name, [row.name for row in rows])}"
                 )
-    sources = {row.start for row in rows} - {""}
+    sources = {name for row in rows for name in row.sources}
     labels = {choice.label for _, choices in axes for choice in choices}
     for row in rows:
         for label in {*row.at, *row.changes_at}:
@@ -195,17 +220,18 @@ def plan(config: ConfigDict) -> list[Trial]:
         present = [row for row in rows if _is_at(row, point)]
         made = {row.name: _at_point(base, row, point, row.name in sources) for row in present}
         for row in present:
-            if row.start and row.start not in made:
-                raise UserError(f"row {row.name!r} starts from {row.start!r}, which is not run at {_path(point)!r}")
+            for source in row.sources:
+                if source not in made:
+                    raise UserError(f"row {row.name!r} starts from {source!r}, which is not run at {_path(point)!r}")
         fixed = [row for row in present if not searching or row.name in sources]
         searched = [row for row in present if row not in fixed]
         for seed in section.seeds:
             for row in fixed:
-                group, start = _group(point, row.name), row.start and _group(point, row.start)
+                group, needed = _group(point, row.name), {source: _group(point, source) for source in row.sources}
                 name = "/".join(filter(None, (group, f"seed_{seed}")))
-                trials.append(Trial(name, group, _labels(point), _path(point), row, (seed,), made[row.name], start))
+                trials.append(Trial(name, group, _labels(point), _path(point), row, (seed,), made[row.name], needed))
         for row in searched:
-            search, start = _group(point, row.name), row.start and _group(point, row.start)
+            search, needed = _group(point, row.name), {source: _group(point, source) for source in row.sources}
             for sample in range(section.samples):
                 name = "/".join(filter(None, (search, f"sample_{sample}")))
                 trials.append(
@@ -217,7 +243,7 @@ def plan(config: ConfigDict) -> list[Trial]:
                         row,
                         tuple(section.seeds),
                         made[row.name],
-                        start,
+                        needed,
                         tuple(section.ranges),
                         search or "samples",
                     )
@@ -319,15 +345,16 @@ def _rows(section: ConfigDict) -> list[Row]:
     for number, row in enumerate(rows):
         if row.name in names[:number]:
             raise UserError(f"two rows are called {row.name!r}: every row needs a name of its own")
-        if row.start and row.start not in names[:number]:
-            earlier = [other.name for other in rows[:number] if other.entry == "train"]
-            raise UserError(
-                f"row {row.name!r} starts from {row.start!r}, no row before it{near_misses(row.start, earlier)}"
-            )
-        if row.start and rows[names.index(row.start)].entry not in ("train", "compare"):
-            raise UserError(
-                f"row {row.name!r} starts from {row.start!r}, which trains no model; give a row that trains"
-            )
+        for source in row.sources:
+            if source not in names[:number]:
+                earlier = [other.name for other in rows[:number] if other.entry == "train"]
+                raise UserError(
+                    f"row {row.name!r} starts from {source!r}, no row before it{near_misses(source, earlier)}"
+                )
+            if rows[names.index(source)].entry not in ("train", "compare"):
+                raise UserError(
+                    f"row {row.name!r} starts from {source!r}, which trains no model; give a row that trains"
+                )
     return rows
 
 
@@ -362,8 +389,10 @@ def _at_point(base: ConfigDict, row: Row, point: Point, is_source: bool) -> Conf
         raise UserError(
             "the seeds of a sweep are sweep.seeds (--seeds): leave the field 'seed' out of its grid and its rows"
         )
-    if row.start and any("model.name" in changes for changes in every[: 1 + len(row.changes_at)]):
-        raise UserError(f"row {row.name!r} starts from {row.start!r}: leave 'model.name' out of its changes")
+    taken = {"model.name": row.start} if row.start else {}
+    for field, source in (taken | dict(row.uses)).items():
+        if any(field in changes for changes in every[: 1 + len(row.changes_at)]):
+            raise UserError(f"row {row.name!r} starts from {source!r}: leave {field!r} out of its changes")
     for name, choice in point:
         config = changed(config, choice.changes, f"sweep.grid {name!r}, {choice.label!r}")
     if row.start:

@@ -18,13 +18,12 @@ import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
-from qtx import models
 from qtx.errors import UserError
 from qtx.experiments.config import evaluation_from, optimizer_from, phases_of, policy_from, rounding_from
 from qtx.experiments.experiment import VALIDATION, Experiment
 from qtx.experiments.setup import setup
 from qtx.experiments.teaching import remaining_steps, taught
-from qtx.export.packed import packable, save_quantized
+from qtx.export.packed import save_quantized
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound, adaround, layers_to_round
 from qtx.methods.calibrate import calibrate, with_frozen_weights
@@ -63,15 +62,16 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
             steps=section.steps,
             trainable=tuple(section.trainable),
             accumulate=section.accumulate,
-            objective=experiment.objective,
             evaluation=evaluation_from(name, section, evaluate),
         )
+        options |= experiment.training()
         optimizer = optimizer_from(section.optimizer)
         quantized_before = policy is not None
         if section.quantized:
             policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
             if policy is None:
                 raise UserError(f"phase {name!r} is quantized, but `quant` keeps everything in full precision")
+            policy = experiment.adapted(policy)
             check_policy(policy, experiment.sites())
             phase = qat_phase(
                 name,
@@ -155,7 +155,8 @@ def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
         Saving(config.checkpoint_every, config.log_every),
         after,
     )
-    save_trained(experiment, recipe[-1], policy, variables, workdir)
+    if config.save_models:
+        experiment.save(workdir, recipe[-1].model, policy, variables)
     if jax.process_index() == 0:  # which has the log
         curves = training_curves(read_metrics(workdir), [phase.name for phase in recipe], batches.batches_per_epoch)
         write_text(workdir / "curves.csv", curves.csv())
@@ -166,24 +167,6 @@ def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
     table.print()
     table.save(workdir, "report")
     return {**variables, "metrics": found, "experiment": experiment}
-
-
-def save_trained(
-    experiment: Experiment, last: Phase, policy: Policy | None, variables: Mapping[str, Any], workdir: Path
-) -> None:
-    """Writes the float master as `model/` and, after a quantized phase, the packed artifact as `quantized/`.
-
-    Weights on a published grid without integers (`qtx.export.packed.packable`) are not packed: there is no artifact then.
-    """
-    if not experiment.config.save_models:
-        return
-    family, sizes = experiment.pretrained.family, experiment.pretrained.config
-    models.save(workdir / "model", family, sizes, variables["params"], experiment.tokenizer)
-    if policy is not None and packable(policy):
-        trained = last.model.policy  # type: ignore[attr-defined]
-        params = experiment.frozen(last.model, variables)[1]["params"]
-        ranges = variables["ranges"]
-        save_quantized(workdir / "quantized", family, sizes, trained, params, ranges, experiment.tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +239,8 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     after = experiment.evaluate(quantized.model, quantized.variables)
     family, sizes = experiment.pretrained.family, experiment.pretrained.config
     directory = workdir / "quantized"
-    size = save_quantized(directory, family, sizes, policy, quantized.params, quantized.ranges, experiment.tokenizer)
+    kept = experiment.tokenizer, experiment.labels
+    size = save_quantized(directory, family, sizes, policy, quantized.params, quantized.ranges, *kept)
     if not config.save_models:
         shutil.rmtree(directory)  # written to be counted
     if quantized.rounding is not None:

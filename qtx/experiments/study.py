@@ -335,4 +335,5 @@ def _record(trial: Trial) -> dict[str, Any]:
     record = config_record(trial.config)
     record.get("data", {}).pop("dir", None)
     ranges = [list(bounds) for bounds in trial.ranges]
-    return record | {"entry": trial.row.entry, "start": trial.start, "ranges": str(ranges)}
+    uses = {"uses": dict(trial.row.uses)} if trial.row.uses else {}
+    return record | {"entry": trial.row.entry, "start": trial.start, "ranges": str(ranges)} | uses

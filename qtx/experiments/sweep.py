@@ -31,6 +31,7 @@ from qtx.experiments.config import phases_of, policy_from, rounding_from, sweepi
 from qtx.experiments.experiment import family_and_sizes
 from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
 from qtx.experiments.run import check_quantization
+from qtx.experiments.setup import sites_of
 from qtx.experiments.study import Attempt, Claim, Ledger, TakenOver, without_password
 from qtx.experiments.sweep_plots import plot_sweep
 from qtx.experiments.sweep_report import Report, make_report
@@ -173,7 +174,7 @@ def check_models(trials: Sequence[Trial]) -> None:
                     "`quant` keeps everything in full precision; set weight_bits or activation_bits below 32"
                 )
             rounding = rounding_from(config.quant, config.adaround) if entry == "quantize" else None
-            check_quantization(policy, rounding, family.sites(sizes))
+            check_quantization(policy, rounding, sites_of(config, family, sizes))
         except UserError as error:
             raise UserError(f"{group}: {error}" if group else str(error)) from None
 

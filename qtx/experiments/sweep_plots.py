@@ -1,7 +1,8 @@
 """The plots of a sweep: how its rows were trained, and what each size of a model is worth.
 
 A point of the grid has figures of its own, named by the point, `curves_rte.png`. A sweep with one row has one of each,
-which compares the points.
+which compares the points. An axis of numbers, such as the lambda of a model with a graph, has a figure with a line for each
+row, `along_lambda.png`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qtx.analysis.tradeoffs import Series, plot_series
 from qtx.errors import UserError
 from qtx.experiments.plan import Trial
 from qtx.experiments.study import Attempt
@@ -22,7 +24,7 @@ def plot_sweep(
     """Writes `curves.png` and `accuracy_size.png`, or one of each for every point, where there is something to plot.
 
     Curves are those of the first seed of each row that is done; samples of a search have none. Sizes need at least two
-    models that know theirs.
+    models that know theirs, an axis of numbers at least three.
 
     Args:
       trials: of the sweep.
@@ -61,7 +63,30 @@ def plot_sweep(
     for figure, points in sizes.items():
         if len(points) > 1:
             plot_accuracy_against_size(points, workdir / f"accuracy_size{figure}.png", ylabel=metric)
+    for axis in cells[0].labels if cells else ():
+        for figure, lines in _along(cells, axis, one_row).items():
+            plot_series(lines, workdir / figure, xlabel=axis.rpartition(".")[-1], ylabel=metric)
     return left_out
+
+
+def _along(cells: Sequence[Cell], axis: str, one_row: bool) -> dict[str, dict[str, Series]]:
+    """Returns medians along an axis of numbers, with the spread of the seeds, by figure and line; none for another axis."""
+    try:
+        numbers = {cell.labels[axis]: float(cell.labels[axis]) for cell in cells}
+    except ValueError:
+        return {}
+    found: dict[str, dict[str, list[tuple[float, ...]]]] = {}
+    for cell in cells if len(numbers) > 2 else ():
+        if cell.median is not None:
+            others = ",".join(label.replace("/", ",") for name, label in cell.labels.items() if name != axis)
+            figure, line = ("", others or cell.row) if one_row else (others and f"_{others}", cell.row)
+            spread = min(cell.scores.values()), max(cell.scores.values())
+            lines = found.setdefault(f"along_{axis.rpartition('.')[-1]}{figure}.png", {})
+            lines.setdefault(line, []).append((numbers[cell.labels[axis]], cell.median, *spread))
+    return {
+        figure: {line: Series(*zip(*values, strict=True)) for line, values in lines.items()}
+        for figure, lines in found.items()
+    }
 
 
 def _place(one_row: bool, point: str, row: str) -> tuple[str, str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,6 +18,8 @@ from qtx.experiments.experiment import Experiment
 from qtx.methods.distillation import LOSS_SETS, LOSSES, Teacher, distillation_phase
 from qtx.methods.teacher_intervention import intervention_phase, untrained_padding
 from qtx.train.phase import Phase
+
+_SHOWN = 4  # labels in an error
 
 
 def losses_of(text: str, field: str) -> dict[str, float]:
@@ -71,13 +76,24 @@ def taught(phase: Phase, section: ConfigDict, experiment: Experiment, trained_be
 
 
 def _teacher(phase: Phase, experiment: Classification, trained_before: bool) -> Teacher:
+    if not experiment.config.teacher.name and (trained_before or experiment.pretrained.fresh):
+        raise UserError(
+            f"phase {phase.name!r} learns from the model as the run begins, which is not trained then; fine-tune it in a run "
+            "of its own and give that as model.name with model.fresh_head=False, or give teacher.name"
+        )
+    return teacher_of(experiment)
+
+
+def teacher_of(experiment: Classification) -> Teacher:
+    """Returns the teacher that `teacher.name` says, or the model itself in full precision.
+
+    Raises:
+      UserError: it is not trained, or its labels or vocabulary are not those of the run.
+    """
     name, config = experiment.config.teacher.name, experiment.config
     if not name:
-        if trained_before or experiment.pretrained.fresh:
-            raise UserError(
-                f"phase {phase.name!r} learns from the model as the run begins, which is not trained then; fine-tune it in a "
-                "run of its own and give that as model.name with model.fresh_head=False, or give teacher.name"
-            )
+        if experiment.pretrained.directory is not None:
+            check_labels(config.model.name, experiment.pretrained.directory, experiment)
         return Teacher(experiment.model, {"params": experiment.pretrained.params})
     directory = models.locate(name)
     found = models.load(str(directory), None)
@@ -88,8 +104,38 @@ def _teacher(phase: Phase, experiment: Classification, trained_before: bool) -> 
         raise UserError(
             f"teacher.name: {name} has {labels} labels, task {config.task!r} has {experiment.task.num_labels}"
         )
+    check_labels(name, directory, experiment)
     experiment.check_teacher(name, directory, found.config)
     return Teacher(found.family.module(config=found.config, dtype=experiment.model.dtype), {"params": found.params})
+
+
+def check_labels(name: str, directory: Path, experiment: Classification) -> None:
+    """Raises a `UserError` if a teacher names its classes, and not as the task does and in its order.
+
+    Case counts for nothing, nor does whether words are joined by `_`, `-` or a space.
+
+    Args:
+      name: of the teacher, for the error.
+      directory: of its checkpoint.
+      experiment: for its task.
+    """
+    theirs, ours = models.read_labels(directory), experiment.labels
+    if not theirs or not ours or list(map(_plain, theirs)) == list(map(_plain, ours)):
+        return
+    others = "in another order" if sorted(map(_plain, theirs)) == sorted(map(_plain, ours)) else "others"
+    raise UserError(
+        f"teacher {name}: its outputs are {_listed(theirs)}, those of task {experiment.config.task!r} {_listed(ours)} "
+        f"({others}); give a teacher of this task, or correct id2label in its config.json"
+    )
+
+
+def _plain(label: str) -> str:
+    return re.sub(r"[\s_-]+", "_", label.casefold())
+
+
+def _listed(labels: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, labels[:_SHOWN]))
+    return f"({shown}, ... {len(labels)} in all)" if len(labels) > _SHOWN else f"({shown})"
 
 
 def remaining_steps(phase: Phase, section: ConfigDict, before: list[Phase], experiment: Experiment) -> Phase:

@@ -23,7 +23,7 @@ from qtx.errors import UserError
 from qtx.experiments.experiment import LABELLED, Experiment, check_model, family_and_sizes, from_nothing, load_model
 from qtx.methods.translation import Decoding, TranslationLoss, smoothed_kl, translate_all
 from qtx.nn.encoder_decoder import EncoderDecoderConfig
-from qtx.train.phase import Objective, inputs
+from qtx.train.phase import inputs
 from qtx.train.sharding import shard_batch
 from qtx.train.translation_metrics import nltk_bleu, sacrebleu_scores
 
@@ -90,11 +90,10 @@ class Translation(Experiment):
         """The signatures of sacrebleu's scores."""
         return "; ".join(f"{score.name}|{score.signature}" for score in sacrebleu_scores(["a"], ["a"]).values())
 
-    @property
-    def objective(self) -> Objective:
-        """Divergence from smoothed labels."""
+    def training(self) -> dict[str, Any]:
+        """Returns the objective: divergence from smoothed labels."""
         c = self.config.translation
-        return TranslationLoss(c.label_smoothing, c.divisor, self.pad_id)
+        return {"objective": TranslationLoss(c.label_smoothing, c.divisor, self.pad_id)}
 
     @property
     def pad_id(self) -> int:

@@ -20,7 +20,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,8 +195,12 @@ def _packed(
         raise UserError(f"weight {name!r}: permuted groups are for activations; use per_group(K) or per_channel()")
     integers, scale, zero_point = _quantize(spec, weight, qparams)
     codes, signed = np.asarray(integers), spec.is_codebook or (qparams is not None and bool(qparams.signed))
-    signs = "trits" if spec.is_ternary else "signs" if spec.scheme == "binary" else None
-    bits = spec.bits if signs or not spec.is_codebook else int(spec.storage_bits)  # a magnitude has a sign besides
+    signs = "trits" if spec.is_ternary else "signs" if spec.scheme == "binary" or spec.states == 2 else None
+    if signs == "signs" and not codes.all():
+        signs = "trits"  # of two states, where a value is the mean: its sign is 0
+    bits = (
+        spec.bits if signs or not spec.is_codebook else math.ceil(spec.storage_bits)
+    )  # a magnitude has a sign besides
     minimum = -1 if signs else -(2 ** (bits - 1)) if spec.is_codebook else int(grid.limits(spec, signed)[0])
     entry = {
         "shape": list(weight.shape),
@@ -253,6 +258,7 @@ def save_quantized(
     params: Mapping[str, Any],
     ranges: Mapping[str, Any],
     tokenizer: Any = None,
+    labels: Sequence[str] = (),
 ) -> int:
     """Writes a packed model; files appear under their names only when they are whole.
 
@@ -264,6 +270,7 @@ def save_quantized(
       params: nested parameters: the float masters (grid values give the same file).
       ranges: the `ranges` collection, from `calibrate` or training.
       tokenizer: a `transformers` tokenizer, saved beside the weights.
+      labels: names of the classes in the order of the outputs.
 
     Returns:
       Bytes of the weights with their scales, without the activation ranges and the header.
@@ -295,8 +302,7 @@ def save_quantized(
     # safetensors writes the buffer as it lies, so every array must be contiguous.
     tensors = {name: np.array(tensors[name], order="C") for name in sorted(tensors)}
 
-    hf = {"architectures": [model_family.architecture], "model_type": model_family.name}
-    hf |= model_family.config_to_hf(config)
+    hf = model_family.hf_config(config, labels)
     header = {"version": VERSION, "config": hf, "policy": policy_to_json(policy), "quantized": entries}
     # One key: safetensors writes several in random order, and equal models should be equal files.
     metadata = {"qtx": json.dumps({**header, "sha256": _digest(header, tensors)})}

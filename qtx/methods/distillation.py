@@ -418,8 +418,11 @@ def _check_shapes(
     elif ours != theirs:
         heads_differ = name in ("scores", "maps") and ours[1] != theirs[1]
         unit, sizes = ("heads", (ours[1], theirs[1])) if heads_differ else ("shape", (ours, theirs))
+        remedy = ""
+        if name not in ("scores", "maps") and ours[-1] != theirs[-1]:
+            remedy = "; there is no learned projection between widths: compare logits, scores, maps or relations"
         raise UserError(
-            f"loss {name!r} does not fit at {what}: {unit} {sizes[0]} of the student, {sizes[1]} of the teacher"
+            f"loss {name!r} does not fit at {what}: {unit} {sizes[0]} of the student, {sizes[1]} of the teacher{remedy}"
         )
 
 

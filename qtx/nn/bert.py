@@ -9,9 +9,10 @@ letters of Bondarenko et al. 2021 (13 L + 5 activations, 8 L + 6 weights):
     encoder/layer_i/attention/scores (s)       before 1/sqrt(D/H) and before the mask
     encoder/layer_i/attention/probs (p), context (c), out/{kernel,output} (g), residual (u), norm/{scale,output} (x)
     encoder/layer_i/attention/probs_dropped    an input: probabilities behind their dropout, as they enter the product
+    encoder/layer_i/attention/{query,key,value}_heads  inputs: [B, T, H, D/H], so that per token means per head and token
     encoder/layer_i/ffn/up/{kernel,output}     after GELU
     encoder/layer_i/ffn/down/{kernel,output} (h), residual (y), norm/{scale,output} (z)
-    pooler/dense/{kernel,output} (P)           after tanh
+    pooler/dense/{kernel,output} (P)           after tanh; not with `pooler=False`
     classifier/{kernel,output} (C)
 
 Linear layers have an `input` site as well, for methods that quantize what enters a product, or cut its gradient.
@@ -53,7 +54,9 @@ class BertConfig:
       max_positions: the longest sequence, in tokens.
       type_vocab_size: token types; 0: there are none, 1: all tokens have the same.
       classifier_dropout: rate in the head; None: `hidden_dropout`.
-      pooling: what the head sees: `'cls'` (first token, dense, tanh) or `'mean'` (mean of the tokens, dense, tanh).
+      pooling: what the head sees: `'cls'` (first token) or `'mean'` (mean of the tokens).
+      pooler: whether a dense layer with tanh, and dropout, stand before the classifier; without them it sees what was pooled
+        as it is.
       logit_range: the logits are clamped to this range (regression of published quantized models: 0 to 5), or None.
     """
 
@@ -72,6 +75,7 @@ class BertConfig:
     pad_token_id: int = 0
     num_labels: int = 2
     pooling: Literal["cls", "mean"] = "cls"
+    pooler: bool = True
     logit_range: tuple[float, float] | None = None
     classifier_dropout: float | None = None
 
@@ -139,7 +143,7 @@ class Block(nn.Module):
         return scores + jnp.where(mask, 0.0, MASKED)
 
     def pool(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns the first token or the mean of the tokens, `[B, D]`."""
+        """Maps `[B, T, D]` and a bool mask `[B, T]` to the first token or the mean of the tokens, `[B, D]`."""
         if self.config.pooling == "cls":
             return x[:, 0]
         weight = mask[:, :, None].astype(x.dtype)
@@ -177,7 +181,8 @@ class Embeddings(Block):
 def attend(
     block: Block, query, key, value, mask: jax.Array | None, where: jax.Array | None, deterministic: bool
 ) -> jax.Array:
-    """Multi-head attention, whose sites `scores`, `probs`, `probs_dropped` and `context` are in the module `block`.
+    """Multi-head attention, with its sites in the module `block`: `{query,key,value}_heads`, `scores`, `probs`,
+    `probs_dropped` and `context`.
 
     Args:
       block: the module.
@@ -193,7 +198,17 @@ def attend(
     """
     c = block.config
     shape, width = query.shape, query.shape[-1] // c.num_heads
-    query, key, value = (x.reshape(*x.shape[:2], c.num_heads, width) for x in (query, key, value))
+    seen = None if mask is None else (mask if mask.ndim == 2 else jnp.any(mask, 1))[..., None]
+    query, key, value = (
+        site(
+            block,
+            f"{name}_heads",
+            x.reshape(*x.shape[:2], c.num_heads, width),
+            kind="input",
+            where=None if counted is None else counted[..., None],
+        )
+        for name, x, counted in (("query", query, where), ("key", key, seen), ("value", value, seen))
+    )
     pairs = None
     if mask is not None and where is not None:
         mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
@@ -314,6 +329,9 @@ class BertClassifier(Block):
 
     def head(self, x: jax.Array, mask: jax.Array, deterministic: bool) -> tuple[jax.Array, jax.Array]:
         """Maps the encoder's output `[B, T, D]` and a bool mask `[B, T]` to logits `[B, C]` and what they are made of."""
-        pooled = self.part(self.pooler_type, "pooler")(x, mask, deterministic)
-        x = self.dropout(pooled, deterministic, self.config.classifier_dropout)
+        if self.config.pooler:
+            pooled = self.part(self.pooler_type, "pooler")(x, mask, deterministic)
+            x = self.dropout(pooled, deterministic, self.config.classifier_dropout)
+        else:
+            pooled = x = self.pool(x, mask)
         return self.dense(self.config.num_labels, "classifier")(x, jnp.any(mask, 1)[:, None]), pooled

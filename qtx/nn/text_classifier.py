@@ -44,7 +44,7 @@ _COUNTS = (
     "max_positions",
     "classifier_size",
 )
-_WITHOUT = ("type_vocab_size", "initializer_range")
+_WITHOUT = ("type_vocab_size", "initializer_range", "pooler")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,8 @@
     magnitude   s = 2^b - 1, l = s |x| / max|x|, codes sign(x) (floor(l) + m) with m in {0, 1}, scale = max|x| / s;
                 m is 1 with probability l - floor(l) if rounding is stochastic             (Alistarh et al. 2017, QSGD);
                 with scale='norm' the Euclidean norm stands for max|x|, as in the paper
+    absmean     scale m = max(mean|x|, eps), codes [x / m] within -1..1, -2..1 or -2..2 for 3, 4 or 5 states; of 2 states
+                sign(x - mean x), with sign(0) = 0                              (Ma et al. 2024; BitTransGNN, section 2.1)
 
 Means run over the elements that share a range. A row of zeros has scale 0 and stays zero; a row with a NaN is NaN.
 The codes of `twn` go from -2^(b-1) to 2^(b-1), more than b bits hold: 2 h / s is odd and half of it is rounded up (Kim et al.
@@ -85,6 +87,8 @@ def codes(
         return _loss_aware(spec, jax.lax.stop_gradient(x), curvature)
     if spec.scheme == "twn":
         return _twn(spec, x)
+    if spec.scheme == "absmean":
+        return _absmean(spec, x)
     return _signs(spec, standardized(x, spec.granularity) if spec.standardize else x)
 
 
@@ -114,6 +118,15 @@ def _twn(spec: Spec, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     end = jnp.where(end == 0, mean, end)  # all magnitudes are the same
     scale = divide(2 * end, float(2**spec.bits - 1))
     return jnp.round(divide(jnp.clip(x, -end, end), _nonzero(scale))), scale
+
+
+def _absmean(spec: Spec, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    scale = jnp.maximum(rows.mean(jnp.abs(x), spec.granularity), spec.eps)
+    if spec.states == 2:
+        return jnp.sign(x - rows.mean(x, spec.granularity)), scale
+    assert spec.states is not None
+    least = -(spec.states // 2)
+    return jnp.clip(jnp.round(divide(x, _nonzero(scale))), least, least + spec.states - 1), scale
 
 
 def _loss_aware(spec: Spec, x: jax.Array, curvature: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -26,7 +26,9 @@ CODEBOOKS = {  # least and greatest number of bits
     "tanh": (1, 1),
     "magnitude": (1, 15),
     "magnitude_int8": (1, 15),
+    "absmean": (1, 3),
 }
+STATES = (2, 3, 4, 5)  # of `'absmean'`
 SCHEMES = (*UNIFORM, *CODEBOOKS)
 
 
@@ -214,7 +216,7 @@ class Spec:
         `'offset'` (the lower end itself is on the grid, and zero need not be); with a scale from the tensor itself
         `'ternary'` (threshold 0.7 mean|x|, TWN), `'binary'` (signs), `'loss_aware'` (the scale of least error, found by
         alternation), `'twn'` (TWN's threshold for more bits) or `'magnitude'` (sign and magnitude), see
-        `qtx.quant.codebook`. As published, where results depend on it: `'shifted'` (the lower end is added without having been
+        `qtx.quant.codebook`; `'absmean'` (2 to 5 states around zero, in units of mean|x|). As published, where results depend on it: `'shifted'` (the lower end is added without having been
         subtracted), `'magnitude_int8'` (codes wrap in a signed byte), `'sign'` (signs without a scale, zero stays zero) and
         `'tanh'` (a soft sign that hardens in training).
       granularity: which elements share a range.
@@ -223,7 +225,7 @@ class Spec:
         every call; ternary and binary are always so).
       scale_domain: what is stored and trained: the scale (`'linear'`, floored at `eps` when it is read), its logarithm
         (`'log'`) or its inverse softplus (`'softplus'`), which keep it positive.
-      eps: least scale of the linear domain and least upper end of a range.
+      eps: least scale of the linear domain, and of `'absmean'`, and least upper end of a range.
       backward: of a learned range: `'exact'` keeps the tensor for the gradient of the scale, `'compact'` one byte an element
         (see `qtx.quant.ste.uniform_compact`).
       rounding: `'nearest'`, or `'stochastic'`: up or down at random so that the mean is kept, in training (where the random
@@ -239,6 +241,7 @@ class Spec:
         inside has no gradient. Any scheme; None: no clamp. A clip that is learned is a range that is learned (`range`): its
         ends are the scale times the ends of the grid.
       iterations: of `'loss_aware'`: how often scale and codes are found in turn.
+      states: of `'absmean'`, and of it alone: the number of values, 2 to 5; `bits` is what holds them (1, 2, 2, 3).
     """
 
     bits: int = 8
@@ -256,6 +259,7 @@ class Spec:
     standardize: bool = False
     clip: tuple[float, float] | None = None
     iterations: int = 11
+    states: int | None = None
 
     def __post_init__(self):
         self._check_clip()
@@ -286,6 +290,7 @@ class Spec:
             raise UserError(
                 f"iterations={self.iterations}: at least one, and for loss_aware grids, not {self.scheme!r}"
             )
+        self._check_states()
         truncated = self.rounding in ("truncate", "floor")
         if truncated != (self.scheme == "shifted"):
             raise UserError(
@@ -305,6 +310,17 @@ class Spec:
         is_entropy = isinstance(self.estimator, Search) and self.estimator.loss == "cross_entropy"
         if is_entropy and self.granularity.axis is not None:
             raise UserError("the cross-entropy search looks at whole rows of logits: it needs per_tensor() granularity")
+
+    def _check_states(self) -> None:
+        if self.scheme != "absmean":
+            if self.states is not None:
+                raise UserError(
+                    f"states={self.states}: scheme {self.scheme!r} has bits; use scheme='absmean' for states"
+                )
+        elif self.states not in STATES:
+            raise UserError(f"absmean takes states={STATES[0]} to {STATES[-1]}, not {self.states!r}")
+        elif self.bits != (needed := (self.states - 1).bit_length()):
+            raise UserError(f"{self.states} states take bits={needed}, not {self.bits}; use qtx.absmean({self.states})")
 
     def _check_clip(self) -> None:
         if self.clip is None:
@@ -326,6 +342,8 @@ class Spec:
     @property
     def is_ternary(self) -> bool:
         """Whether the codes are -1, 0 and 1."""
+        if self.scheme == "absmean":
+            return self.states == 3
         return self.scheme in ("ternary", "sign") or (self.scheme == "loss_aware" and self.bits == 2)
 
     @property
@@ -333,6 +351,8 @@ class Spec:
         """Bits that a value takes: log2(3) where there are three of them, 32 where they are real numbers."""
         if self.is_ternary:
             return math.log2(3)
+        if self.states is not None:
+            return math.log2(self.states)
         if self.scheme in ("magnitude", "twn"):
             return self.bits + 1
         if self.scheme == "magnitude_int8":
@@ -365,6 +385,7 @@ class Spec:
         rounded += [] if self.clip is None else [f"clip {self.clip[0]:g}..{self.clip[1]:g}"]
         if self.is_codebook:
             bits = f"{self.bits}-bit " if CODEBOOKS[self.scheme][1] > 2 else ""
+            bits = bits if self.states is None else f"{self.states}-state "
             own = ["standardized"] * self.standardize
             own += [f"scale {self.scale}"] * (self.scale != "mean") + [f"gradient {self.gradient}"] * (
                 self.gradient != "straight"
@@ -407,3 +428,18 @@ def loss_aware(bits: int = 2, granularity: Granularity = Granularity(), **option
 def magnitude(bits: int, granularity: Granularity = Granularity(), **options: Any) -> Spec:
     """Sign and `bits` bits of magnitude relative to the largest, rounded at random (Alistarh et al. 2017, QSGD)."""
     return Spec(bits, "magnitude", granularity, range="dynamic", **{"rounding": "stochastic", **options})
+
+
+def absmean(states: int, granularity: Granularity = Granularity("channel"), **options: Any) -> Spec:
+    """2 to 5 states in units of mean|x| (Ma et al. 2024, "The era of 1-bit LLMs"; BitTransGNN has 2 to 5 of them).
+
+    Args:
+      states: 2: -1 and 1, 3: -1 to 1, 4: -2 to 1, 5: -2 to 2.
+      granularity: which elements share a mean.
+      **options: further fields of `Spec`; `eps`, the least scale, is 1e-5 as published.
+
+    Raises:
+      UserError: on another number of states.
+    """
+    bits = (states - 1).bit_length() if states in STATES else 1  # the rest is for `Spec` to say
+    return Spec(bits, "absmean", granularity, range="dynamic", states=states, **{"eps": 1e-5, **options})

@@ -15,6 +15,51 @@ from qtx.errors import UserError, near_misses
 
 Record = Mapping[str, Any]
 
+PUBLISHED_STARTS = {"graph": 0.0, "cola": -100.0, "encoder": -1e-6}
+"""What the first evaluation must exceed in BitTransGNN: with a graph, with one on CoLA, and in fine-tuning of the encoder."""
+
+
+def improvements(values: Sequence[float], start: float = -math.inf) -> list[int]:
+    """Returns the indices of values that are greater than `start` and all values before them.
+
+    NaN is worse than all numbers. With the default, the first value counts whatever it is.
+    """
+    best, found = start, []
+    for i, value in enumerate(values):
+        if value > best or (i == 0 and start == -math.inf):
+            best = -math.inf if math.isnan(value) else value
+            found.append(i)
+    return found
+
+
+def published_choice(
+    values: Sequence[float], patience: int, start: float = PUBLISHED_STARTS["graph"]
+) -> tuple[int | None, int | None, float]:
+    """Returns what BitTransGNN's training would have made of a metric: to see what its early stopping does to a run.
+
+    Patience counts from 0, and after the first evaluation so does the choice of the best: one below 0 is forgotten.
+
+    Args:
+      values: of the metric after each epoch.
+      patience: in epochs.
+      start: one of `PUBLISHED_STARTS`.
+
+    Returns:
+      The index after which it stops (None: it does not), the index of what it keeps (None: it has no checkpoint), and the
+      metric that it reports. (Where it does not stop, it keeps that index
+      but returns no weights.)
+    """
+    stop = None
+    for i in range(len(values)):
+        better = improvements(values[: i + 1], 0.0) or [-1]
+        if i - better[-1] >= patience:
+            stop = i
+            break
+    seen = values if stop is None else values[: stop + 1]
+    better = improvements(seen, 0.0)
+    kept = better[-1] if better else 0 if seen and seen[0] > start else None
+    return stop, kept, seen[better[-1]] if better else 0.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -26,6 +71,8 @@ class Evaluation:
       metric: the one that evaluations are compared by; more is better.
       keep_best: the phase ends with the variables of its best evaluation instead of its last ones.
       patience: the phase stops after so many evaluations without a better one; 0: never.
+      start: what the first evaluation must exceed to count as better, for `patience` alone: the best one is kept whatever
+        it is. BitTransGNN counts from 0, so that it stops while a metric that can be negative rises towards 0.
 
     Raises:
       UserError: `every` is not positive, or `patience` is negative.
@@ -36,6 +83,7 @@ class Evaluation:
     metric: str = "score"
     keep_best: bool = False
     patience: int = 0
+    start: float = -math.inf
 
     def __post_init__(self):
         if not self.every > 0:
@@ -59,17 +107,14 @@ class Evaluation:
 
     def best(self, history: Sequence[Record]) -> Record:
         """Returns the first of the best evaluations; one without a number is worse than all others."""
-
-        def worth(record: Record) -> float:
-            return -math.inf if math.isnan(record[self.metric]) else record[self.metric]
-
-        return max(history, key=worth)
+        return history[improvements([record[self.metric] for record in history])[-1]]
 
     def is_over(self, history: Sequence[Record]) -> bool:
         """Whether patience has run out."""
         if not self.patience or not history:
             return False
-        return len(history) - 1 - history.index(self.best(history)) >= self.patience
+        better = improvements([record[self.metric] for record in history], self.start) or [-1]
+        return len(history) - 1 - better[-1] >= self.patience
 
     def summary(self, history: Sequence[Record]) -> dict[str, float]:
         """Returns what a report says beside the metrics of the model that was kept.

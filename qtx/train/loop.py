@@ -71,7 +71,8 @@ def fit(
         evaluations.
 
     Returns:
-      The final `params` and `ranges`, with the `schedule` that they were trained with if the last phase has one.
+      The final `params` and `ranges`, with the `schedule` that they were trained with and the memory (`Phase.memory`) if the
+      last phase has them.
 
     Raises:
       UserError: on a phase without steps, a pattern that matches no parameter, batches that do not divide, a checkpoint of
@@ -88,6 +89,8 @@ def fit(
             raise UserError(
                 f"phase {phase.name!r}: ranges cannot be re-estimated while a batch is accumulated from parts"
             )
+        if phase.memory is not None and phase.accumulate > 1:
+            raise UserError(f"phase {phase.name!r}: a memory cannot be written while a batch is accumulated from parts")
         if batches.batch_size % phase.accumulate:
             raise UserError(f"batch size {batches.batch_size} cannot be worked off in {phase.accumulate} equal parts")
     workdir = Path(workdir)
@@ -116,13 +119,15 @@ def fit(
             )
         for number in range(first, len(recipe)):
             phase, span = recipe[number], Span(number, start, lengths[number], batches.batches_per_epoch)
-            optimizer = make_optimizer(phase.optimizer, span.length)
+            optimizer = make_optimizer(phase.optimizer, span.length, span.batches_per_epoch)
             if phase.prepare is not None:
                 ranges = phase.prepare(phase.model, current["params"])
                 current = current | {"ranges": replicate(ranges, mesh)}
             state = replicate_missing(make_state(phase, current, optimizer, start, example), mesh)
             if phase.update_ranges:
                 state = state.replace(observers=_observers(phase, span, state, example))
+            constants = replicate(phase.constants, mesh)
+            state = _refreshed(phase, state, constants, mesh)
             iterator = iter(batches)
             iterator.set_state({"next_index": start})
             history: list[Record] = []
@@ -133,7 +138,7 @@ def fit(
                     history = meta["evaluations"]
                 log.rewind(resumed)
                 best.rewind(resumed)
-            state = _run_phase(run, phase, span, state, optimizer, iterator, history)
+            state = _run_phase(run, phase, span, state, constants, optimizer, iterator, history)
             start = chosen = int(state.step)
             current = state.variables()
             if phase.evaluation is not None and phase.evaluation.keep_best:
@@ -152,6 +157,20 @@ def replicate_missing(state: TrainState, mesh: Mesh) -> TrainState:
         return x if isinstance(x.sharding, jax.sharding.NamedSharding) else replicate(x, mesh)
 
     return jax.tree.map(place, state)
+
+
+def _time_to_refresh(phase: Phase, taken: int, span: Span, over: bool, due: frozenset[int]) -> str:
+    """Returns when the memory is made again at this step: as the phase says at the end of an epoch, else `'never'`."""
+    if over or taken % span.batches_per_epoch == 0 or (phase.refresh == "before" and taken in due):
+        return phase.refresh
+    return "never"
+
+
+def _refreshed(phase: Phase, state: TrainState, constants: Any, mesh: Mesh) -> TrainState:
+    """Returns a state whose memory was made from its variables."""
+    if phase.memory is None:
+        return state
+    return state.replace(memory=replicate(phase.memory(phase.model, state.variables(), constants), mesh))
 
 
 def _observers(phase: Phase, span: Span, state: TrainState, example: Batch) -> dict[str, Any]:
@@ -178,11 +197,17 @@ class _Run:
 
 
 def _run_phase(
-    run: _Run, phase: Phase, span: Span, state: TrainState, optimizer, iterator, history: list[Record]
+    run: _Run,
+    phase: Phase,
+    span: Span,
+    state: TrainState,
+    constants: Any,
+    optimizer,
+    iterator,
+    history: list[Record],
 ) -> TrainState:
     """Takes the steps that are left of a phase; its evaluations are added to `history`."""
     step_fn = jax.jit(make_step(phase, optimizer, run.seed, span), donate_argnums=0)
-    constants = replicate(phase.constants, run.mesh)
     evaluation, saving, name = phase.evaluation, run.saving, phase.name
     due = evaluation.steps(span.length, span.batches_per_epoch) if evaluation else frozenset()
     step = int(state.step)
@@ -197,6 +222,9 @@ def _run_phase(
             step += 1
             pending.append((step, measured))
             over, is_best = step == span.end, False
+            refreshes = _time_to_refresh(phase, step - span.start, span, over, due)
+            if refreshes == "before":
+                state = _refreshed(phase, state, constants, run.mesh)
             if evaluation is not None and step - span.start in due:
                 jax.block_until_ready(measured)
                 began = time.perf_counter()
@@ -217,6 +245,8 @@ def _run_phase(
             if is_best:
                 run.best.save(step, state.variables(), {})
                 run.best.wait()  # no checkpoint speaks of a best model that is not on disk
+            if refreshes == "after":
+                state = _refreshed(phase, state, constants, run.mesh)
             if over or is_best or (saving.checkpoint_every and step % saving.checkpoint_every == 0):
                 meta = {"phase": span.number, "start": span.start, "data": iterator.get_state()}
                 run.checkpoints.save(step, state, meta | {"evaluations": list(history)})
@@ -242,20 +272,25 @@ def _evaluate(
     bar.update(step, **{evaluation.metric: values[evaluation.metric]})
 
 
-@partial(jax.jit, static_argnums=0)
-def _logits(
-    model: nn.Module, variables: Mapping[str, Any], batch: Batch, key: jax.Array | None, number: int
+@partial(jax.jit, static_argnums=(0, 1))
+def _outputs(
+    model: nn.Module, output: str, variables: Mapping[str, Any], batch: Batch, key: jax.Array | None, number: int
 ) -> tuple[jax.Array, jax.Array]:
     rngs = None if key is None else {"rounding": jax.random.fold_in(key, number)}
     outputs: Any = model.apply(variables, *inputs(model, batch), rngs=rngs)
     # Whole on every device: each host can read all of them.
-    return jax.lax.with_sharding_constraint((outputs.logits, batch["index"]), jax.P())
+    return jax.lax.with_sharding_constraint((getattr(outputs, output), batch["index"]), jax.P())
 
 
 def predict(
-    model: nn.Module, variables: Mapping[str, Any], batches: Batches, mesh: Mesh, rounding_seed: int | None = None
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batches: Batches,
+    mesh: Mesh,
+    rounding_seed: int | None = None,
+    output: str = "logits",
 ) -> np.ndarray:
-    """Returns the logits `[N, C]` of all examples in their order.
+    """Returns the logits `[N, C]`, or another of the model's outputs, of all examples in their order.
 
     Args:
       model: with the policy that `variables['ranges']` belong to.
@@ -263,11 +298,15 @@ def predict(
       batches: one epoch, not shuffled.
       mesh: where to compute.
       rounding_seed: of random rounding, which draws anew for every batch; None: nothing is drawn.
+      output: which one: `'logits'`, or `'pooled'` `[N, D]`.
     """
     with jax.set_mesh(mesh):
         placed = {name: replicate(tree, mesh) for name, tree in variables.items() if name != "params"}
         placed["params"] = shard_tree(variables["params"], mesh)
         key = None if rounding_seed is None else replicate(jax.random.key(rounding_seed, impl="rbg"), mesh)
-        found = [_logits(model, placed, shard_batch(batch, mesh), key, number) for number, batch in enumerate(batches)]
-    logits, indices = zip(*jax.device_get(found), strict=True)
-    return in_order(logits, indices, len(batches.encoded))
+        found = [
+            _outputs(model, output, placed, shard_batch(batch, mesh), key, number)
+            for number, batch in enumerate(batches)
+        ]
+    values, indices = zip(*jax.device_get(found), strict=True)
+    return in_order(values, indices, len(batches.encoded))

@@ -35,11 +35,13 @@ def _correlation(statistic: Callable) -> Callable[[np.ndarray, np.ndarray], floa
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": lambda predictions, labels: sk.accuracy_score(labels, predictions),
     "f1": lambda predictions, labels: sk.f1_score(labels, predictions, pos_label=1, zero_division=0.0),
+    "weighted_f1": lambda predictions, labels: sk.f1_score(labels, predictions, average="weighted", zero_division=0.0),
     "matthews": lambda predictions, labels: sk.matthews_corrcoef(labels, predictions),
     "pearson": _correlation(stats.pearsonr),
     "spearman": _correlation(stats.spearmanr),
 }
-"""Functions of (predictions [N], labels [N]); `f1` is binary with positive class 1, the last two are for scores."""
+"""Functions of (predictions [N], labels [N]); `f1` is binary with positive class 1, `weighted_f1` the mean of that of
+every class, weighted by its number of labels, and the last two are for scores."""
 
 
 def compute(names: Iterable[str], predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -15,7 +16,7 @@ from qtx.quant.policy import matches
 
 # Biases, norms and ranges are never decayed: a decayed range parameter shrinks its grid.
 NO_DECAY = ("**/bias", "**/norm/scale", "ranges/**")
-Schedule = Literal["linear", "cosine", "constant", "inverse_sqrt", "hard_restarts", "warm_restarts"]
+Schedule = Literal["linear", "cosine", "constant", "inverse_sqrt", "hard_restarts", "warm_restarts", "milestones"]
 Name = Literal["adamw", "bert_adam"]
 
 
@@ -34,8 +35,10 @@ class OptimizerConfig:
       schedule: what follows: linear decay to zero, cosine decay to zero, or constant; `'hard_restarts'`: a cosine decay that
         starts `cycles` times, `'warm_restarts'`: the same, with a warm-up before each. `'inverse_sqrt'` is the schedule of
         Vaswani et al. 2017 (section 5.3): in step t, counted from 1, `min(t / warm, sqrt(warm / t))` of the peak. Theirs is
-        the peak `1 / sqrt(width * warm)`.
+        the peak `1 / sqrt(width * warm)`. `'milestones'`: constant, times `milestone_factor` from each of `milestones` on.
       cycles: of the cosine: 0.5 is one decay to zero, 1 comes back; with restarts: how many decays, at least 1.
+      milestones: shares of the epochs of the phase, each rounded down to a whole epoch.
+      milestone_factor: on the rate, from each milestone on.
       weight_decay: decoupled; not for biases, norms and ranges.
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -56,6 +59,8 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     name: Name = "adamw"
     cycles: float = 0.5
+    milestones: tuple[float, ...] = (0.5,)
+    milestone_factor: float = 0.1
 
     def __post_init__(self):
         if self.name not in get_args(Name):
@@ -68,6 +73,11 @@ class OptimizerConfig:
             )
         if self.cycles != 0.5 and self.schedule not in ("cosine", "hard_restarts", "warm_restarts"):
             raise UserError(f"cycles {self.cycles} has no effect on schedule {self.schedule!r}; leave it at 0.5")
+        if any(not 0 < share < 1 for share in self.milestones) or self.milestone_factor <= 0:
+            raise UserError(
+                f"milestones {self.milestones} are shares of the epochs, in (0, 1), and milestone_factor is positive, "
+                f"not {self.milestone_factor}"
+            )
         if self.learning_rate <= 0:
             raise UserError(f"learning_rate must be positive, not {self.learning_rate}")
         for pair in self.rate_factors:
@@ -79,17 +89,20 @@ class OptimizerConfig:
             raise UserError(f"warmup_steps {self.warmup_steps} is negative; 0 means by `warmup`")
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def learning_rate(config: OptimizerConfig, steps: int, batches_per_epoch: int = 1) -> optax.Schedule:
     """Returns the schedule over a phase of `steps` steps, with peak 1; it is a function of the steps taken before.
 
-    Past the end `'adamw'` stays where it is; `'bert_adam'` goes on, as published: a cosine rises again. Its warm-up may end
-    between two steps.
+    An epoch is `batches_per_epoch` steps; milestones look at it. Past the end `'adamw'` stays where it is; `'bert_adam'` goes
+    on, as published: a cosine rises again. Its warm-up may end between two steps.
     """
     published = config.name == "bert_adam"
     warm = config.warmup_steps or (config.warmup * steps if published else round(config.warmup * steps))
     if config.schedule == "inverse_sqrt":
         warm = max(warm, 1)
         return lambda taken: jnp.minimum((taken + 1) / warm, jnp.sqrt(warm / (taken + 1)))
+
+    # The least float above a whole epoch must not become the epoch before: 0.29 of 100 is 28.999...
+    epochs = [math.floor(share * steps / batches_per_epoch + 1e-9) for share in config.milestones]
 
     def multiplier(taken):
         taken = jnp.asarray(taken, float)
@@ -99,6 +112,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         decayed = divide(taken - rise, max(steps - rise, 1.0))
         after = {
             "constant": lambda: jnp.ones_like(taken),
+            "milestones": lambda: (
+                config.milestone_factor ** sum(taken >= epoch * batches_per_epoch for epoch in epochs)
+            ),
             "linear": lambda: jnp.maximum(1 - decayed, 0),
             "cosine": lambda: _half_cosine(2 * config.cycles * decayed),
             "hard_restarts": lambda: _half_cosine(jnp.mod(config.cycles * decayed, 1)),
@@ -135,7 +151,7 @@ class BertAdamState(NamedTuple):
     nu: dict[str, jax.Array]
 
 
-def bert_adam(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def bert_adam(config: OptimizerConfig, steps: int, batches_per_epoch: int = 1) -> optax.GradientTransformation:
     """Returns Adam as in BERT's first release on PyTorch, for which every array is a world of its own.
 
     Each has its norm clipped, its step counter and therefore its place in the schedule. The moments are not corrected for
@@ -146,8 +162,9 @@ def bert_adam(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
     Args:
       config: whose `name` is `'bert_adam'`.
       steps: where the schedule ends, in updates of an array.
+      batches_per_epoch: see `learning_rate`.
     """
-    schedule = learning_rate(config, steps)
+    schedule = learning_rate(config, steps, batches_per_epoch)
 
     def init(trained):
         # Arrays of their own: a train step that donates its state cannot donate one of them twice.
@@ -182,11 +199,11 @@ def bert_adam(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Returns the optimizer for a phase of `steps` steps over a flat dict of arrays by name."""
+def make_optimizer(config: OptimizerConfig, steps: int, batches_per_epoch: int = 1) -> optax.GradientTransformation:
+    """Returns the optimizer for a phase of `steps` steps over a flat dict of arrays by name; see `learning_rate`."""
     if config.name == "bert_adam":
-        return bert_adam(config, steps)
-    schedule = learning_rate(config, steps)
+        return bert_adam(config, steps, batches_per_epoch)
+    schedule = learning_rate(config, steps, batches_per_epoch)
 
     def scaled(updates, _):
         return {name: update * rate_factor(config, name) for name, update in updates.items()}

@@ -28,6 +28,7 @@ from qtx.train.optimizer import OptimizerConfig
 Batch = Mapping[str, Any]  # named arrays, see qtx.data.batching
 Objective = Callable[["Forward", Batch, Any], tuple[Any, ...]]
 Schedule = Literal["none", "epoch", "step"]
+Refresh = Literal["before", "after", "never"]
 
 _ROUNDING, _CHOICES = 1, 2  # what makes the keys of rounding and of an objective's choices others than that of dropout
 
@@ -92,9 +93,13 @@ class Phase:
       accumulate: a batch is worked off in so many equal parts.
       evaluation: of the model while it trains; None: nothing is evaluated before the end of the phase.
       schedule: the unit in which `schedule/progress` rises from 0 towards 1 over the phase; `none`: there is none.
+      memory: makes collections that the model reads, and writes as it trains, from the model, its variables and the phase's
+        constants: features of all documents, for one. They are made at the start of the phase and again after every epoch,
+        and are part of its state. None: there are none.
+      refresh: whether they are made again `'before'` the evaluation at the end of an epoch, or `'after'` it; `'never'`: not.
 
     Raises:
-      UserError: an unknown schedule.
+      UserError: an unknown schedule or time of refreshing.
     """
 
     name: str
@@ -110,8 +115,13 @@ class Phase:
     accumulate: int = 1
     evaluation: Evaluation | None = None
     schedule: Schedule = "none"
+    memory: Callable[[nn.Module, Mapping[str, Any], Any], dict[str, Any]] | None = None
+    refresh: Refresh = "before"
 
     def __post_init__(self):
+        if self.refresh not in get_args(Refresh):
+            hint = near_misses(self.refresh, get_args(Refresh))
+            raise UserError(f"phase {self.name!r}: unknown time of refreshing {self.refresh!r}{hint}")
         if self.schedule not in get_args(Schedule):
             hint = near_misses(self.schedule, get_args(Schedule))
             raise UserError(f"phase {self.name!r}: unknown schedule {self.schedule!r}{hint}")
@@ -174,6 +184,7 @@ class TrainState(flax.struct.PyTreeNode):
       frozen: flat dict of the others.
       observers: state of the range estimators while ranges are re-estimated; else empty.
       opt_state: of the optimizer over `trained`.
+      memory: collections of the phase's own, see `Phase.memory`; else empty.
     """
 
     step: jax.Array
@@ -181,11 +192,12 @@ class TrainState(flax.struct.PyTreeNode):
     frozen: dict[str, Any]
     observers: dict[str, Any]
     opt_state: Any
+    memory: dict[str, Any] = flax.struct.field(default_factory=dict)
 
     def variables(self) -> dict[str, Any]:
-        """Returns the nested `params` and `ranges` collections."""
+        """Returns the nested `params` and `ranges` collections, and those of the memory."""
         nested = traverse_util.unflatten_dict(self.trained | self.frozen, sep="/")
-        return {"params": nested["params"], "ranges": nested.get("ranges", {})}
+        return {"params": nested["params"], "ranges": nested.get("ranges", {}), **self.memory}
 
 
 def is_trained(phase: Phase, sites: Mapping[str, SiteInfo], name: str, value: Any) -> bool:
@@ -247,12 +259,12 @@ def make_step(
         updated: dict[str, Any] = {}
 
         def run(batch: Batch, capture: bool = False, **collections: Any):
-            mutable = ["captures"] * capture + ["ranges", "observers"] * phase.update_ranges
+            mutable = ["captures"] * capture + ["ranges", "observers"] * phase.update_ranges + [*state.memory]
             given = variables | collections | ({"observers": state.observers} if phase.update_ranges else {})
             outputs, changed = phase.model.apply(
                 given, *inputs(phase.model, batch), deterministic=False, rngs=rngs, mutable=mutable
             )
-            updated.update({name: changed[name] for name in ("ranges", "observers") if name in changed})
+            updated.update({name: value for name, value in changed.items() if name != "captures"})
             return outputs, changed.get("captures", {})
 
         taken, length = (state.step, 0) if span is None else (state.step - span.start, span.length)
@@ -298,6 +310,7 @@ def make_step(
             frozen=frozen,
             observers=updated.get("observers", state.observers),
             opt_state=opt_state,
+            memory={name: updated.get(name, value) for name, value in state.memory.items()},
         )
         measured = {"loss": loss, **{f"loss_{name}": part for name, part in parts.items()}}
         means = {name: value / weight for name, value in measured.items()}

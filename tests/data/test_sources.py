@@ -13,7 +13,15 @@ import pytest
 
 from qtx.data import sources
 from qtx.data.reading import DATA_DIR_VARIABLE
-from qtx.data.sources import Dataset, Examples, load, load_folder, load_table
+from qtx.data.sources import (
+    Dataset,
+    Examples,
+    load,
+    load_augmented,
+    load_folder,
+    load_table,
+    training_rows,
+)
 from qtx.data.tasks import TASKS, get_task
 from qtx.errors import UserError
 
@@ -567,3 +575,64 @@ def test_examples_take_keeps_rows_together():
 def test_load_accepts_a_task(tmp_path):
     write_glue(tmp_path, "RTE", train=RTE + RTE_ROWS, dev=RTE + RTE_ROWS)
     assert load(get_task("rte"), tmp_path).task is get_task("rte")
+
+
+# ----------------------------------------------------------------------------------- augmented training data
+
+
+def write_rows(path: Path, rows) -> Path:
+    lines = [rows.names] * rows.has_header + rows.rows
+    path.write_text("".join("\t".join(line) + "\n" for line in lines))
+    return path
+
+
+def same_examples(a: Examples, b: Examples):
+    assert a.texts == b.texts
+    np.testing.assert_array_equal(a.labels, b.labels)
+    assert a.labels.dtype == b.labels.dtype
+
+
+def test_training_rows_have_all_columns_of_the_official_file(tmp_path):
+    folder = write_glue(tmp_path, "RTE", train=RTE + RTE_ROWS, dev=RTE + RTE_ROWS)
+    dataset = load("rte", tmp_path)
+    rows = training_rows(dataset, tmp_path)
+    assert write_rows(tmp_path / "train_aug.tsv", rows).read_text() == (folder / "train.tsv").read_text()
+    assert rows.texts == (1, 2) and rows.has_header and len(rows) == 2
+    same_examples(load_augmented(dataset.task, tmp_path), dataset.splits["train"])
+
+
+def test_training_rows_without_a_header_and_of_a_subset(tmp_path):
+    text = "".join(f"gj04\t{i % 2}\t*\tSentence {i}.\n" for i in range(9))
+    write_glue(tmp_path, "CoLA", train=text, dev=text)
+    dataset = load("cola", tmp_path, seed=3, limit_train=4)
+    rows = training_rows(dataset, tmp_path, seed=3, limit_train=4)
+    assert not rows.has_header and rows.texts == (3,) and {len(row) for row in rows.rows} == {4}
+    path = write_rows(tmp_path / "some.tsv", rows)
+    same_examples(load_augmented(dataset.task, path), dataset.splits["train"])
+
+
+def test_training_rows_of_a_task_without_official_files(tmp_path):
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.csv").write_text('a,b,kind\n"One, two",three,yes\nFour,five,no\n')
+    dataset = load_table(tmp_path / "train.csv", tmp_path / "validation.csv", ["b", "a"], "kind")
+    rows = training_rows(dataset, tmp_path, limit_train=1)
+    assert rows.names == ("b", "a", "label") and rows.rows[0] == ("three", "One, two", "yes")
+    same_examples(load_augmented(dataset.task, write_rows(tmp_path / "x.tsv", rows)), dataset.splits["train"])
+    scores = Dataset(get_task("stsb"), {"train": Examples((["x"], ["y"]), np.array([2.25], np.float32))})
+    assert training_rows(scores).rows == [("x", "y", "2.25")]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("sentence1\tlabel\na\tentailment\n", "no column 'sentence2'"),
+        ("sentence1\tsentence2\tlabel\na\tentailment\n", "line 2: expected 3 columns, found 2"),
+        ("sentence1\tsentence2\tlabel\na\tb\tyes\n", "line 2: unknown label 'yes'"),
+        (None, "no augmented training data at .*; make it with launch/augment.py"),
+    ],
+)
+def test_broken_augmented_data(tmp_path, text, named):
+    if text is not None:
+        (tmp_path / "train_aug.tsv").write_text(text)
+    with pytest.raises(UserError, match=named):
+        load_augmented(get_task("rte"), tmp_path)

@@ -3,13 +3,14 @@
 import pytest
 
 from qtx.data.tasks import METRICS, TASKS, Task, TranslationTask, get_task, get_translation_task, languages_of
+from qtx.data.textgcn import CORPORA
 from qtx.errors import UserError
 
 
-def test_the_nine_glue_tasks_ag_news_and_the_two_packaged_ones():
+def test_the_nine_glue_tasks_ag_news_the_two_packaged_ones_and_textgcn():
     glue = {name for name, task in TASKS.items() if (task.tfds or "").startswith("glue/")}
     assert glue == {"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
-    assert TASKS.keys() - glue == {"ag_news", "film_reviews", "bbc_news"}
+    assert TASKS.keys() - glue == {"ag_news", "film_reviews", "bbc_news", *CORPORA}
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
@@ -29,6 +30,12 @@ def test_label_ids_follow_the_published_order():
     assert get_task("cola").metrics == ("matthews",)
     assert get_task("mrpc").metrics == get_task("qqp").metrics == ("accuracy", "f1")
     assert get_task("stsb").metrics == ("pearson", "spearman")
+
+
+def test_classes_of_textgcn_are_sorted_and_capitals_make_no_difference():
+    assert [TASKS[name].num_labels for name in CORPORA] == [20, 8, 52, 23, 2]
+    assert all(list(TASKS[name].labels) == sorted(TASKS[name].labels) for name in CORPORA)
+    assert get_task("r8") is get_task("R8") and get_task("RTE") is get_task("rte")
 
 
 def test_unknown_task_names_the_nearest():

@@ -5,11 +5,17 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from qtx import models
+from qtx.analysis import landscape, layer_errors
 from qtx.errors import UserError
 from qtx.experiments import analyze as module
-from qtx.experiments.analyze import ANALYSES, analyze
+from qtx.experiments.analyze import analyze
+from qtx.experiments.config import policy_from
+from qtx.methods.teacher_intervention import student_policy
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +47,7 @@ def test_smoke_leaves_a_report_and_resumes(config, tmp_path, monkeypatch):
     assert (tmp_path / "report.md").read_text() == text
     for picture in ("sensitivity.png", "ranges.png", "outliers.png", "weights.png"):
         assert f"({picture})" in text and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    assert all(f"## {name.capitalize()}" in text for name in ANALYSES)
+    assert all(f"## {name.capitalize()}" in text for name in config.analyses) and "## Curvature" not in text
 
     with open(tmp_path / "sensitivity.csv", newline="") as file:
         rows = {row["group"]: row for row in csv.DictReader(file)}
@@ -87,6 +93,73 @@ def test_one_analysis_alone(config, tmp_path):
     assert float(both["quantized, MiB"]) >= float(both["full precision, MiB"]) > 0
     config.analysis.memory.compiled = False
     assert "forward" not in analyze(config, tmp_path / "counted")
+
+
+@pytest.fixture
+def versions(tiny_checkpoint, tiny_data, tmp_path):
+    """The analyses of the loss, of the tiny model and of another one."""
+    config = get_config("curvature", tiny_checkpoint, tiny_data)
+    c = config.analysis
+    c.curvature.update(batches=2, eigenvalues=1, iterations=2, samples=2, steps=3, params=("encoder/layer_0/ffn/**",))
+    c.landscape.update(batches=1, batch_size=8, points=3, together=2)
+    c.layer_errors.update(batches=2, batch_size=8)
+    other = models.load(str(tiny_checkpoint))
+    params = jax.tree.map(lambda x: 1.1 * x, other.params)
+    models.save(tmp_path / "other", other.family, other.config, params)
+    c.also = (("other", str(tmp_path / "other")),)
+    return config
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_curvature_of_some_parameters(versions, tmp_path):
+    versions.analysis.models = ("quantized",)
+    versions.quant.student = "published"
+    text = analyze(versions, tmp_path)
+    for picture in ("eigenvalues.png", "trace.png", "density.png"):
+        assert f"({picture})" in text and (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert [row["model"] for row in rows_of(tmp_path / "curvature.csv")] == ["quantized", "other"]
+    traces = [row for row in rows_of(tmp_path / "trace.csv") if row["model"] == "other"]
+    assert [row["part"] for row in traces] == ["layer 0", "all"]
+    assert int(traces[0]["parameters"]) == 2 * 16 * 32 + 32 + 16 + 2 * 16  # kernels, biases and the norm
+    assert float(traces[0]["trace"]) == float(traces[1]["trace"]) != 0
+    assert len(rows_of(tmp_path / "eigenvalues.csv")) == 2 * 2
+    density = json.loads((tmp_path / "curvature_other.json").read_text())["density_weights"]
+    assert np.shape(density) == (1, 3) and abs(np.sum(density) - 1) < 1e-4
+
+
+def test_landscapes_and_errors_of_layers(versions, tmp_path, monkeypatch):
+    versions.analyses = ("landscape", "layer_errors")
+    versions.analysis.landscape.directions = 1
+    text = analyze(versions, tmp_path)
+    assert "## Layer errors" in text and "(landscape.png)" in text and "(layer_errors.png)" in text
+    found = {row["model"]: row for row in rows_of(tmp_path / "landscape.csv")}
+    assert list(found) == ["full precision", "quantized", "other"]
+    for name in found:
+        points = rows_of(tmp_path / f"landscape_points_{name.replace(' ', '_')}.csv")
+        assert [float(row["x"]) for row in points] == [-0.5, 0, 0.5]
+        assert float(points[1]["loss"]) == pytest.approx(float(found[name]["loss"]), rel=1e-5)
+        assert float(points[0]["loss"]) != pytest.approx(float(found[name]["loss"]), rel=1e-4)
+    errors = {row["model"]: row for row in rows_of(tmp_path / "layer_errors.csv")}
+    assert list(errors) == ["quantized", "other"]  # in full precision it is the teacher itself
+    assert all(float(row["hidden_states"]) > 1e-4 for row in errors.values())
+
+    # What stands in a file is not measured again, and the report is the same.
+    (tmp_path / "layer_errors_other.json").unlink()
+    measured = []
+    real = layer_errors.layer_errors
+    monkeypatch.setattr(layer_errors, "layer_errors", lambda *a, **k: measured.append(1) or real(*a, **k))
+    monkeypatch.setattr(landscape, "evaluate", lambda *a, **k: pytest.fail("measured again"))
+    assert analyze(versions, tmp_path) == text and len(measured) == 1
+
+
+@pytest.mark.parametrize("argument", ["curvature", "landscape", "layer_errors"])
+def test_analyses_of_the_loss_are_settings(argument, tiny_checkpoint, tiny_data):
+    found = get_config(argument, tiny_checkpoint, tiny_data)
+    assert found.analyses == (argument,) and policy_from(found.quant, 1) == student_policy()
 
 
 @pytest.mark.parametrize("argument", ["w8a8", "paper"])

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 
 from qtx.errors import UserError
 from qtx.experiments.compare import bits_of
-from qtx.experiments.config import parse_overrides, policy_from, quantization
+from qtx.experiments.config import evaluation_from, parse_overrides, phase, policy_from, quantization
 
 POSITION = "encoder/embeddings/position/table"
 UP = "encoder/layer_1/ffn/up/kernel"
@@ -111,3 +113,13 @@ def test_what_linear_layers_see():
 def test_patterns_and_schemes_that_do_not_exist(fields, words):
     with pytest.raises(UserError, match=words):
         policy_from(section(**fields), 1)
+
+
+def test_what_evaluations_are_compared_by_and_where_patience_begins():
+    fields = phase()
+    fields.update(evaluate_every=1.0, patience=3)
+    found = evaluation_from("finetune", fields, print)
+    assert (found.metric, found.start, found.patience) == ("score", -math.inf, 3)
+    fields.update(metric="matthews", patience_start=0.0)
+    found = evaluation_from("finetune", fields, print)
+    assert (found.metric, found.start) == ("matthews", 0.0)

@@ -26,7 +26,7 @@ def drawn(monkeypatch):
 
         return draw
 
-    for name in ("plot_runs", "plot_accuracy_against_size"):
+    for name in ("plot_runs", "plot_accuracy_against_size", "plot_series"):
         monkeypatch.setattr(sweep_plots, name, note(getattr(sweep_plots, name)))
     return found
 
@@ -71,6 +71,19 @@ def test_with_one_row_the_points_are_compared(drawn, tmp_path):
     (tmp_path / "seeds").mkdir()
     plots(tmp_path / "seeds", rows=())()
     assert drawn["curves.png"] == ["seed_1"]
+
+
+def test_an_axis_of_numbers_has_a_line_for_each_row(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_plots, "plot_accuracy_against_size", lambda *args, **options: None)
+    rows = ({"name": "full", "entry": "quantize"}, {"name": "low", "entry": "quantize"})
+    grid = (("task", ("rte", "mrpc")), ("quant.weight_bits", (4, 8, 6)))
+    plots(tmp_path, grid=grid, rows=rows)()
+    lines = {name: found for name, found in drawn.items() if name.startswith("along")}
+    assert lines == {f"along_weight_bits_{task}.png": ["full", "low"] for task in ("rte", "mrpc")}
+    (tmp_path / "one").mkdir()
+    drawn.clear()
+    plots(tmp_path / "one", grid=grid, rows=rows[:1])()
+    assert drawn["along_weight_bits.png"] == ["rte", "mrpc"]
 
 
 def test_the_first_seed_that_is_done_counts(drawn, tmp_path):

@@ -1,10 +1,12 @@
 """Phases with a teacher by configuration: distillation, interventions, and what does not fit."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -13,11 +15,13 @@ from qtx.errors import UserError
 from qtx.experiments.config import changed, policy_from
 from qtx.experiments.run import make_recipe, train_and_evaluate
 from qtx.experiments.setup import setup
-from qtx.experiments.teaching import losses_of
+from qtx.experiments.teaching import losses_of, teacher_of
 from qtx.export.packed import load_quantized
 from qtx.methods.distillation import LOSS_SETS, Distillation
 from qtx.methods.teacher_intervention import student_policy
-from tests.conftest import make_tiny_config
+from qtx.models import load, read_config, save
+from tests.conftest import WORDS, make_tiny_config
+from tests.models.hf import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,6 +114,64 @@ def test_a_teacher_of_its_own(teacher, tiny_checkpoint, tmp_path):
     config.teacher.name = str(headless)
     with pytest.raises(UserError, match="teacher.name.*fine-tune it first"):
         make_recipe(setup(config))
+
+
+def test_labels_of_the_teacher(teacher, tmp_path):
+    copy = Path(shutil.copytree(teacher.model.name, tmp_path / "model"))
+    hf = json.loads((copy / "config.json").read_text())
+    assert hf["id2label"] == {"0": "fresh", "1": "rotten"} and hf["label2id"] == {"fresh": 0, "rotten": 1}
+    config = with_recipe(teacher, **{"teacher.name": str(copy)})
+    experiment = setup(config)
+    for labels in ({"0": "LABEL_0", "1": "LABEL_1"}, {"0": "0", "1": "1"}, {"1": "Rotten", "0": "FRESH"}):
+        (copy / "config.json").write_text(json.dumps(hf | {"id2label": labels}))
+        assert teacher_of(experiment).model.config.num_labels == 2
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A checkpoint of four layers, whose random head counts as trained."""
+    return make_checkpoint(tmp_path_factory.mktemp("deep") / "model", "bert", WORDS, num_layers=4, max_positions=32)
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"), [("every", (1, 3)), ("first", (0, 1)), ("last", (2, 3))], ids=["every", "first", "last"]
+)
+def test_a_student_of_some_of_the_layers(teacher, deep, tmp_path, rule, kept):
+    changes = {
+        "model.name": str(deep),
+        "model.layers": kept,
+        "teacher.name": str(deep),
+        "teacher.layers": rule,
+        "recipe": ("finetune",),
+        "phases.finetune.losses": "teacher_intervention",
+        "phases.finetune.steps": 1,
+        "save_models": rule == "every",
+    }
+    config = changed(teacher, changes, "test")
+    experiment = setup(config)
+    whole = load(str(deep)).params["encoder"]
+    for number, layer in enumerate(kept):
+        mine = experiment.pretrained.params["encoder"][f"layer_{number}"]["ffn"]["up"]["kernel"]
+        np.testing.assert_array_equal(mine, whole[f"layer_{layer}"]["ffn"]["up"]["kernel"])
+    recipe, _ = make_recipe(experiment)
+    assert recipe[0].objective.layers == ((0, kept[0]), (1, kept[1]))
+    if rule == "every":
+        found = train_and_evaluate(config, tmp_path)
+        assert np.isfinite(found["metrics"]["finetune"]["score"])
+        assert read_config(tmp_path / "model")[1].num_layers == 2
+
+
+def test_a_student_of_another_width(teacher, deep, tmp_path):
+    whole = load(str(deep))
+    wide = dataclasses.replace(whole.config, hidden_size=24, num_layers=4)
+    params = whole.family.module(config=wide).init(jax.random.key(0), *whole.family.example_inputs())["params"]
+    save(tmp_path, whole.family, wide, params, setup(teacher).tokenizer)
+    changes = {"model.name": str(deep), "model.layers": (1, 3), "teacher.name": str(tmp_path), "recipe": ("qat",)}
+    config = changed(teacher, changes | {"teacher.layers": "every", "phases.qat.losses": "ternarybert"}, "test")
+    with pytest.raises(UserError, match="'hidden_states' does not fit.*16.*24.*no learned projection"):
+        make_recipe(setup(config))
+    config.phases.qat.losses = "logits=1, scores=1, maps=1, value_relations=1"
+    assert make_recipe(setup(config))[0][0].objective.layers == ((0, 1), (1, 3))
 
 
 def test_an_untrained_model_cannot_teach_itself(teacher, tiny_checkpoint):

@@ -313,3 +313,28 @@ def test_every_tensor_name_is_used_once():
     assert len(modules) == len(set(modules.values()))
     flat = traverse_util.flatten_dict(tiny.params(), sep="/")
     assert len(tensors()) == len(flat)
+
+
+def test_labels_are_kept(saved, tmp_path):
+    assert models.read_labels(saved) == ()
+    models.save(tmp_path, FAMILY, tiny.CONFIG, tiny.params(), labels=("no", "yes", "perhaps"))
+    hf = json.loads((tmp_path / "config.json").read_text())
+    assert hf["id2label"] == {"0": "no", "1": "yes", "2": "perhaps"}
+    assert hf["label2id"] == {"no": 0, "yes": 1, "perhaps": 2}
+    assert models.read_labels(tmp_path) == ("no", "yes", "perhaps")
+    equal_trees(models.load(str(tmp_path)).params, tiny.params())
+    del hf["id2label"]
+    (tmp_path / "config.json").write_text(json.dumps(hf | {"num_labels": 3}))
+    assert models.read_labels(tmp_path) == ("no", "yes", "perhaps")
+
+
+def test_some_layers_are_kept(saved):
+    whole = models.load(str(saved))
+    found = models.keep_layers(whole, (1,))
+    assert found.config == dataclasses.replace(whole.config, num_layers=1)
+    encoder = whole.params["encoder"]
+    equal_trees(found.params["encoder"], {"embeddings": encoder["embeddings"], "layer_0": encoder["layer_1"]})
+    equal_trees(found.params["classifier"], whole.params["classifier"])
+    for layers in ((1, 0), (0, 0), (2,), (-1,)):
+        with pytest.raises(UserError, match="from 0 to 1, rising"):
+            models.keep_layers(whole, layers)

@@ -212,7 +212,8 @@ def test_every_tensor_is_a_site():
     }
     kernels = {path.removesuffix("kernel") for path in paths if path.endswith("kernel")}
     blocks = {path.removesuffix("query/") for path in kernels if path.endswith("query/")}
-    entering = {f"{path}input" for path in kernels} | {f"{path}probs_dropped" for path in blocks}
+    products = ("probs_dropped", "query_heads", "key_heads", "value_heads")
+    entering = {f"{path}input" for path in kernels} | {f"{path}{role}" for path in blocks for role in products}
     assert {name for name, info in found.items() if info.kind == "input"} == entering
     assert published.count(found, "activation") == 13 + 2 * 22 + 5
 

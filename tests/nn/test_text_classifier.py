@@ -148,7 +148,8 @@ def test_every_tensor_is_a_site():
     per_layer = ["query", "key", "value", "out"]
     inputs = {f"encoder/layer_{i}/attention/{name}/input" for i in range(2) for name in per_layer}
     inputs |= {f"encoder/layer_{i}/ffn/{name}/input" for i in range(2) for name in ("up", "down")}
-    inputs |= {f"encoder/layer_{i}/attention/probs_dropped" for i in range(2)}
+    products = ("probs_dropped", "query_heads", "key_heads", "value_heads")
+    inputs |= {f"encoder/layer_{i}/attention/{role}" for i in range(2) for role in products}
     inputs |= {"classifier/hidden/input", "classifier/out/input"}
     assert {name for name, info in found.items() if info.kind == "input"} == inputs
     assert published.count(found, "activation") == 13 * 2 + 4

@@ -25,8 +25,13 @@ def shapes(model):
 @functools.cache
 def params(config=CONFIG):
     """Random parameters, the same on every call."""
+    return random_params(BertClassifier(config))
+
+
+def random_params(model):
+    """Random parameters of any model with BERT's arguments; nothing is compiled."""
     rng = np.random.default_rng(0)
-    flat = traverse_util.flatten_dict(shapes(BertClassifier(config)), sep="/")
+    flat = traverse_util.flatten_dict(shapes(model), sep="/")
     made = {}
     for path, leaf in flat.items():
         value = rng.standard_normal(leaf.shape).astype(np.float32) * 0.3

@@ -20,7 +20,7 @@ from qtx.errors import UserError
 from qtx.nn.sites import site
 from qtx.quant.policy import Policy
 from qtx.train.checkpoint import Checkpoints
-from qtx.train.evaluation import Evaluation
+from qtx.train.evaluation import PUBLISHED_STARTS, Evaluation, published_choice
 from qtx.train.logging import read_metrics
 from qtx.train.loop import Saving, fit, predict
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
@@ -129,6 +129,23 @@ def test_what_follows_from_a_history():
     assert not keep.is_over(found)
     assert keep.summary(found) == {"last_score": 0.25, "best_epoch": 1.5}
     assert patient.summary(found) == {"best_score": 0.75, "best_epoch": 1.5}
+
+
+def test_patience_that_begins_at_a_number_and_the_best_that_does_not():
+    negative = Evaluation(print, patience=2, start=0.0)
+    found = history(-0.5, -0.3, -0.1, 0.2)
+    assert [negative.is_over(found[:i]) for i in range(5)] == [False, False, True, True, False]
+    assert negative.best(found[:3])["step"] == 3
+    assert not Evaluation(print, patience=2).is_over(found)
+
+
+def test_what_published_early_stopping_makes_of_a_metric():
+    values = [-5.0, -3.0, 0.0, 2.0]
+    assert published_choice(values, 2) == (1, None, 0.0)
+    assert published_choice(values, 2, PUBLISHED_STARTS["cola"]) == (1, 0, 0.0)
+    assert published_choice([0.0, 0.0], 5, PUBLISHED_STARTS["encoder"]) == (None, 0, 0.0)
+    assert published_choice([1.0, 3.0, 3.0], 5) == (None, 1, 3.0)
+    assert published_choice([], 5) == (None, None, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,13 @@ def test_classification_metrics_follow_the_confusion_matrix():
     assert all(type(value) is float for value in values.values())
 
 
+def test_weighted_f1_weighs_classes_by_their_labels():
+    # Class 0: 2 of 3 found, one too many: 4/6. Class 1: 1 of 1, one too many: 2/3. Class 2: never predicted: 0.
+    found = metrics.compute(["weighted_f1"], [0, 0, 1, 1, 0], [0, 0, 0, 1, 2])
+    expected = (3 * 4 / 6 + 1 * 2 / 3 + 0) / 5
+    assert found["weighted_f1"] == pytest.approx(expected)
+
+
 def test_f1_is_that_of_class_one():
     flipped = metrics.compute(["f1"], 1 - np.array(PREDICTIONS), 1 - np.array(LABELS))
     assert flipped["f1"] == pytest.approx(8 / 11)

@@ -20,6 +20,15 @@ def test_schedule():
         OptimizerConfig(warmup_steps=-1)
 
 
+def test_milestones_are_whole_epochs():
+    config = OptimizerConfig(warmup=0.0, schedule="milestones")
+    rate = learning_rate(config, 5 * 3, batches_per_epoch=3)
+    np.testing.assert_allclose([rate(step) for step in (0, 5, 6, 14, 15)], [1, 1, 0.1, 0.1, 0.1], rtol=1e-6)
+    twice = OptimizerConfig(warmup=0.1, schedule="milestones", milestones=(0.29, 0.5), milestone_factor=0.5)
+    rate = learning_rate(twice, 100)
+    np.testing.assert_allclose([rate(step) for step in (5, 28, 29, 49, 50)], [0.5, 1, 0.5, 0.5, 0.25], rtol=1e-6)
+
+
 def test_ranges_have_a_learning_rate_of_their_own_and_no_decay():
     trained = {"params/x/kernel": jnp.ones(2), "ranges/x/kernel/scale": jnp.ones(2)}
     config = OptimizerConfig(1e-2, range_learning_rate=1e-4, warmup=0.0, schedule="constant", weight_decay=0.5)

@@ -1,0 +1,165 @@
+"""BitTransGNN: a low-bit encoder beside a graph convolution over a text graph; MiniLM on R8, MR, Ohsumed and MRPC.
+
+    python launch/build_graph.py --config=configs/bittransgnn.py:r8 --data_dir=DATA --workdir=runs/r8_graph
+    python launch/sweep.py --config=configs/bittransgnn.py:r8+sweep --data_dir=DATA --workdir=runs/r8
+
+One row after the other by hand, each from the model of the one before:
+
+    python launch/train.py --config=configs/bittransgnn.py:r8+encoder --data_dir=DATA --workdir=runs/encoder
+    python launch/train.py --config=configs/bittransgnn.py:r8+dynamic --config.model.name=runs/encoder/model --data_dir=DATA \
+        --workdir=runs/dynamic
+    python launch/evaluate.py --config=configs/bittransgnn.py:r8 --config.model.name=runs/dynamic/quantized --data_dir=DATA
+    python launch/train.py --config=configs/bittransgnn.py:r8+distillation --config.model.name=runs/encoder/model \
+        --config.bittransgnn.teacher=runs/dynamic/quantized --data_dir=DATA --workdir=runs/student
+
+The third line is direct separation: the encoder of a trained model on its own. The argument is a task, then what is trained:
+
+    full_precision  the encoder with its classifier; with TASK alone, it is what is evaluated
+    encoder         the same with few states (BitTransformer): 3, or --config.quant.bit.states=2, 4, 5
+    static          features computed once, the graph convolution trained
+    dynamic         encoder and graph convolution trained together
+    distillation    the encoder learns from a trained `dynamic`; `online`: while that is trained
+    sweep           all of them at 1.58 and 2.32 bits, over seeds; `lambda`: static, over the share of the graph
+
+Settings follow the published ones (batches of 32, 128 tokens, 1e-3 for the convolution, tenth of the rates from half of the
+epochs on) but for epochs: 100 with patience there, as below here, which suits a CPU. Features are means over tokens, as this
+encoder was trained. `smoke` runs for seconds, on whatever task it stands behind.
+"""
+
+from qtx.errors import UserError, near_misses
+from qtx.experiments.config import base, changed, sweeping
+
+TASKS = {"r8": "R8", "mr": "mr", "ohsumed": "ohsumed", "mrpc": "mrpc", "rte": "rte", "r52": "R52", "20ng": "20ng"}
+GRAPH_RATE = 1e-3
+
+METHODS: dict[str, dict] = {
+    "full_precision": {"recipe": ("finetune",)},
+    "encoder": {"recipe": ("qat",)},
+    "static": {
+        "recipe": ("qat",),
+        "bittransgnn.method": "static",
+        "phases.qat.epochs": 10.0,
+        "phases.qat.optimizer.learning_rate": GRAPH_RATE,
+    },
+    "dynamic": {
+        "recipe": ("qat",),
+        "bittransgnn.method": "dynamic",
+        "bittransgnn.mix": 0.7,
+        "phases.qat.epochs": 3.0,
+        "phases.qat.optimizer.learning_rate": 2e-5,
+        "phases.qat.optimizer.rate_factors": (("gcn/**", GRAPH_RATE / 2e-5),),
+    },
+    "distillation": {
+        "recipe": ("qat",),
+        "bittransgnn.method": "distillation",
+        "phases.qat.epochs": 3.0,
+        "phases.qat.optimizer.learning_rate": 5e-5,
+    },
+}
+METHODS["online"] = METHODS["dynamic"] | {
+    "bittransgnn.method": "online",
+    "phases.qat.optimizer.rate_factors": (("teacher/gcn/**", GRAPH_RATE / 2e-5),),
+}
+STARTED = ("static", "dynamic", "distillation", "online")  # from a trained encoder
+PUBLISHED = {  # accuracy of BERT-base in percent: 1.58 bits, then 2.32
+    "R8": {"BitTransformer": (97.29, 96.82), "static": (97.72, 98.02), "dynamic": (97.78, 98.12)},
+    "mr": {"BitTransformer": (77.66, 81.86), "static": (79.02, 83.24), "dynamic": (80.23, 85.27)},
+    "ohsumed": {"BitTransformer": (64.08, 66.62)},
+}
+PUBLISHED["R8"] |= {"direct separation": (97.76, 97.67), "distillation": (97.25, 97.80)}
+PUBLISHED["mr"] |= {"direct separation": (78.14, 84.78), "distillation": (79.63, 84.67)}
+
+
+def task_fields(task: str) -> dict:
+    """Returns the fields of a task."""
+    return {"task": TASKS[task]}
+
+
+def rows(task: str) -> list[dict]:
+    """Returns the rows of the table of a task."""
+    published = PUBLISHED.get(TASKS[task], {})
+    found: list[dict] = [
+        dict(name="TF-IDF", entry="baseline"),
+        dict(name="full precision", changes=METHODS["full_precision"]),
+    ]
+    for number, (bits, states) in enumerate((("1.58", 3), ("2.32", 5))):
+        width = {"quant.bit.states": states}
+        encoder, dynamic = f"BitTransformer {bits}", f"dynamic {bits}"
+        chosen = {name: {"test": values[number] / 100} for name, values in published.items()}
+
+        def row(name: str, method: str, start: str = "", bits=bits, width=width, chosen=chosen, **fields) -> dict:
+            changes = METHODS[method] | width
+            return dict(name=f"{name} {bits}", start=start, changes=changes, published=chosen.get(name, {}), **fields)
+
+        found += [
+            row("BitTransformer", "encoder"),
+            row("static", "static", encoder),
+            row("dynamic", "dynamic", encoder),
+            row("dynamic PFTQ", "dynamic", "full precision"),
+            row("direct separation", "encoder", dynamic, entry="quantize"),
+            row("distillation", "distillation", encoder, uses={"bittransgnn.teacher": f"{dynamic}/quantized"}),
+        ]
+    return found
+
+
+def get_config(arg: str = "r8"):
+    """Returns the configuration of a task and a method, or a sweep."""
+    task, *words = arg.lower().split("+")
+    for word, known in ((task, TASKS), *((word, (*METHODS, "sweep", "lambda", "smoke")) for word in words)):
+        if word not in known:
+            raise UserError(f"configs/bittransgnn.py: unknown word {word!r}{near_misses(word, known)}")
+    config = changed(base(), task_fields(task), arg)
+    config.data.splits = "graph"
+    config.data.max_length = 128
+    config.model.update(pooling="mean", pooler=False)
+    config.quant.bit.states = 3
+    config.phases.finetune.update(epochs=3.0)
+    config.phases.finetune.optimizer.learning_rate = 5e-5
+    config.phases.qat.update(epochs=6.0, ranges="fixed")
+    config.phases.qat.optimizer.learning_rate = 1e-4
+    for phase in (config.phases.finetune, config.phases.qat):
+        phase.update(evaluate_every=1.0, keep_best=True, patience=10)
+        phase.optimizer.update(schedule="milestones", warmup=0.0, weight_decay=0.0, max_grad_norm=0.0)
+    config.model.fresh_head = not any(word in STARTED for word in words) and bool(words)
+    for word in words:
+        config = changed(config, METHODS.get(word, {}), arg)
+    if "sweep" in words or "lambda" in words:
+        config.model.fresh_head = True
+        config.sweep = lambda_sweep() if "lambda" in words else methods_sweep(task)
+    if "smoke" in words:
+        config.data.update(limit_train=120, limit_eval=60, max_length=32)
+        for phase in (config.phases.finetune, config.phases.qat):
+            phase.update(epochs=1.0)
+    return config
+
+
+def methods_sweep(task: str):
+    """Returns the section of the table of all methods."""
+    claims = []
+    for bits in ("1.58", "2.32"):
+        graphs = ("dynamic", "dynamic PFTQ", "static", "direct separation", "distillation")
+        claims += [(f"{name} {bits}", ">", f"BitTransformer {bits}") for name in graphs]
+    return sweeping(
+        name=f"bittransgnn_{task}",
+        rows=tuple(rows(task)),
+        seeds=(0, 1, 2),
+        metric="test_accuracy",
+        orderings=tuple(claims),
+        near=0.003,
+    )
+
+
+def lambda_sweep():
+    """Returns the section of accuracy against the graph's share of the vote."""
+    shares = tuple(i / 10 for i in range(11))
+    encoder = {"quant.bit.states": 3}
+    return sweeping(
+        name="bittransgnn_lambda",
+        grid=(("bittransgnn.mix", shares),),
+        rows=(
+            dict(name="BitTransformer", changes=METHODS["encoder"] | encoder),
+            dict(name="static", start="BitTransformer", changes=METHODS["static"] | encoder),
+        ),
+        seeds=(0, 1, 2),
+        metric="test_accuracy",
+    )

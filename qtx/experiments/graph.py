@@ -1,0 +1,108 @@
+"""Building text graphs: from a configuration to a saved graph and a table of what is in it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qtx import data, models
+from qtx.data.corpus import Corpus, make_corpus, published_splits
+from qtx.data.text_graph import GraphSettings, TextGraph, build_graph, load_graph, save_graph
+from qtx.errors import UserError, near_misses
+from qtx.experiments.classification import load_dataset
+from qtx.experiments.translation import TASKS as TRANSLATION
+from qtx.train.logging import progress
+from qtx.train.report import Table, save_config
+
+GRAPH_FILE = "graph.npz"
+INFERENCE = ("transductive", "inductive")
+
+
+def corpus_from(config: ConfigDict) -> Corpus:
+    """Loads the documents that `config.task`, `config.data` and `config.graph` describe.
+
+    Raises:
+      UserError: on anything in the configuration or the data that does not fit.
+    """
+    if config.task in TRANSLATION:
+        raise UserError(f"task {config.task!r} is a translation; graphs are of texts with labels, such as R8 or rte")
+    name = config.graph.tokenizer
+    tokenizer = data.load_tokenizer(models.locate(name)) if name else None
+    dataset = load_dataset(config)
+    if config.data.splits != "graph":
+        dataset = published_splits(dataset)
+    return make_corpus(dataset, config.graph.words, tokenizer)
+
+
+def settings_from(section: ConfigDict) -> GraphSettings:
+    """Reads the section `graph`; raises a `UserError` on a value that does not exist."""
+    if section.inference not in INFERENCE:
+        raise UserError(f"unknown graph.inference {section.inference!r}{near_misses(section.inference, INFERENCE)}")
+    inductive = section.inference == "inductive"
+    return GraphSettings(section.adj_type, section.window, section.neighbours, section.doc_doc_nodes, inductive)
+
+
+def graph_from(corpus: Corpus, settings: GraphSettings, path: Path) -> TextGraph:
+    """Returns the graph of a corpus: the saved one if there is one, else a new one, which is saved.
+
+    Raises:
+      UserError: the file is damaged, or a graph of other data or settings.
+    """
+    if path.exists():
+        graph = load_graph(path)
+        graph.check(corpus.texts, corpus.n_train, settings, str(path))
+        return graph
+    graph = build_graph(corpus.texts, corpus.n_train, settings, track)
+    save_graph(graph, path)
+    return graph
+
+
+def build(config: ConfigDict, workdir: str) -> TextGraph:
+    """Builds the graph of a task, saves it as `workdir/graph.npz`, and prints what is in it."""
+    start = time.monotonic()
+    settings = settings_from(config.graph)
+    corpus = corpus_from(config)
+    path = Path(workdir) / GRAPH_FILE
+    if path.exists():
+        print(f"{path} is there already; it is checked, not built again")
+    graph = graph_from(corpus, settings, path)
+    save_config(config, workdir)
+    table = table_of(graph, corpus, config.task, time.monotonic() - start)
+    table.save(workdir, "graph")
+    table.print()
+    return graph
+
+
+def table_of(graph: TextGraph, corpus: Corpus, task: str, seconds: float) -> Table:
+    """Returns the counts of a graph: documents, words, nodes, windows, edges; and what they took."""
+    used = {name: len(split) for name, split in corpus.dataset.splits.items()}
+    if graph.settings.inductive:
+        used.pop("test", None)
+    rows: list[tuple[str, Any]] = [(f"{name} documents", size) for name, size in used.items()]
+    rows += [("documents left out, without words", corpus.skipped)] if corpus.skipped else []
+    rows += [("words", len(graph.vocabulary)), ("nodes", graph.n_nodes), ("windows", graph.n_windows)]
+    rows += [(f"edges {kind}", count) for kind, count in graph.edges().items()]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    rows += [("seconds", f"{seconds:.1f}"), ("MiB of memory at most", round(peak / 2**20))]
+    kind = "inductive" if graph.settings.inductive else "transductive: counted over test documents, too"
+    title = f"{task}, {graph.settings.adj_type}, {kind}"
+    return Table(
+        ("graph", "count"),
+        [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in rows],
+        {},
+        title,
+    )
+
+
+def track(items: Sequence[Any], description: str) -> Iterator[Any]:
+    """Yields items and shows how many are done."""
+    with progress(len(items), description) as shown:
+        for number, item in enumerate(items, 1):
+            yield item
+            shown.update(number)
