@@ -35,6 +35,7 @@ from qtx.methods.distillation import Teacher, distillation_phase
 from qtx.methods.teacher_intervention import Interventions, check_interventions, intervention_phase, two_steps
 from qtx.nn import BertClassifier, policy
 from qtx.train.phase import Phase
+from tests.data.test_images import write_mnist
 from tests.nn import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -962,3 +963,47 @@ def test_label_order_of_other_classes(tiny_config, tmp_path):
     (tmp_path / "labels.txt").write_text("fresh\nroten\n")
     tiny_config.data.label_order = str(tmp_path / "labels.txt")
     assert "line 2" in (text := train(tiny_config, tmp_path)) and "'rotten'" in text
+
+
+@pytest.fixture
+def digits(tiny_config, tmp_path):
+    """The default experiment on a tiny MNIST and a ViT from nothing."""
+    write_mnist(tmp_path)
+    tiny_config.task, tiny_config.data.dir, tiny_config.model.name = "mnist", str(tmp_path), "vit"
+    sizes = dict(image_size=6, patch_size=3, num_channels=1, hidden_size=8, num_layers=1, num_heads=2)
+    tiny_config.model.sizes = tiny_config.model.sizes.__class__(sizes)
+    return tiny_config
+
+
+def test_a_missing_file_of_images(digits, tmp_path):
+    (tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz").unlink()
+    assert "t10k-labels-idx1-ubyte[.gz]; put the official file there" in train(digits, tmp_path)
+
+
+def test_a_file_of_images_that_is_cut_short(digits, tmp_path):
+    path = tmp_path / "mnist" / "train-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    path.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
+    assert "has 1439 values where its header says 1440; fetch it again" in train(digits, tmp_path)
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "train-images-idx3-ubyte.gz" in (text := train(digits, tmp_path)) and "cut short" in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model.sizes.image_size": 12}, "set data.resize=True"),
+        ({"model.sizes.num_heads": 3}, "3 heads do not divide the width 8"),
+        ({"data.crop": -1}, "crop -1 is negative"),
+        ({"task": "image_folder", "data.train": "nowhere"}, "no such directory: nowhere"),
+        ({"task": "minst"}, "'mnist'"),
+    ],
+)
+def test_images_that_do_not_fit(digits, tmp_path, fields, named):
+    digits.update_from_flattened_dict(fields)
+    assert named in train(digits, tmp_path)
+
+
+def test_images_for_a_model_of_texts(digits, tiny_checkpoint, tmp_path):
+    digits.model.name, digits.model.sizes = str(tiny_checkpoint), digits.model.sizes.__class__()
+    assert "configs/vit.py" in train(digits, tmp_path)

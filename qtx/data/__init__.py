@@ -1,8 +1,9 @@
-"""Text data: tasks, sources, tokenization and static-shape batches, in that order.
+"""Data: tasks, sources, tokenization and static-shape batches, in that order.
 
 `sources.load` gives texts, `tokenize.encode` ragged token ids, `batching.Batches` what a compiled step eats; for translation
 `parallel.load_pairs`, `pair_tokenizer.encode_pairs` and `pair_batching.PairBatches` do. For text graphs `corpus.make_corpus`
-gives documents and `text_graph.build_graph` the graph.
+gives documents and `text_graph.build_graph` the graph. Images come from `images.load_images`, and their batches are
+`images.ImageBatches`.
 """
 
 from qtx.data.batching import Batches, bucket_lengths, in_order

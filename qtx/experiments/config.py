@@ -68,7 +68,7 @@ def base() -> ConfigDict:
                 "layers": (),  # of a checkpoint: those that are kept, from 0, such as every second one; (): all
                 "fresh_head": True,  # initialise pooler and classifier anew
                 "pooling": "cls",  # of a fresh head: or 'mean'
-                "pooler": True,  # of a fresh head: a dense layer before the classifier
+                "pooler": True,  # of a fresh head: a dense layer before the classifier, where the family has one
                 "hidden_dropout": placeholder(float),  # None: as in the checkpoint
                 "attention_dropout": placeholder(float),
                 "classifier_dropout": placeholder(float),

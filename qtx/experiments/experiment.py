@@ -244,7 +244,9 @@ def load_model(
     fields = ("hidden_dropout", "attention_dropout", "classifier_dropout")
     rates = {field: config.model[field] for field in fields if config.model[field] is not None}
     if config.model.fresh_head and num_labels is not None:
-        rates |= {"pooling": config.model.pooling, "pooler": config.model.pooler}
+        known = {field.name for field in dataclasses.fields(family_and_sizes(config.model)[1])}
+        head = {"pooling": config.model.pooling, "pooler": config.model.pooler}
+        rates |= {name: value for name, value in head.items() if name in known}
     if directory is None:
         if config.model.layers:
             raise UserError(

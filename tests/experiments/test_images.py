@@ -55,14 +55,11 @@ def trained(tiny, tmp_path_factory):
 
 def with_teacher(config, **changes):
     fields = {
-        "recipe": ("intervene", "qat"),
+        "recipe": ("intervene",),
         "quant.student": "layers",
         "quant.weight_scheme": "ternary",
         "phases.intervene.intervention": "gradual",
         "phases.intervene.losses": "logits=1, hidden_states=1, scores=1, maps=1",
-        "phases.qat.losses": "logits=1, hidden_states=1",
-        "phases.qat.including": "intervene",
-        "phases.qat.steps": 3,
     }
     return changed(config, fields | changes, "test")
 
@@ -77,21 +74,20 @@ def test_a_saved_model_is_evaluated_again(trained):
 def test_two_steps_with_a_teacher(trained, tmp_path):
     config = with_teacher(trained[0])
     recipe, policy = make_recipe(setup(config))
-    assert all(isinstance(phase.objective, Distillation) for phase in recipe)
+    assert isinstance(recipe[0].objective, Distillation) and recipe[0].objective.intervene is not None
     rules = {rule.pattern for kind in (policy.weights, policy.activations, policy.inputs) for rule in kind}
     assert rules and all(pattern.startswith("encoder/layer_*/") for pattern in rules)
     found = train_and_evaluate(config, tmp_path)
-    assert set(found["metrics"]) == {"intervene", "qat"}
     losses = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     named = {name: value for line in losses for name, value in line.items() if "loss" in name}
-    assert {"intervene/loss_scores", "intervene/loss_maps", "qat/loss_hidden_states"} <= named.keys()
+    assert {"intervene/loss_scores", "intervene/loss_maps", "intervene/loss_hidden_states"} <= named.keys()
     assert np.isfinite(list(named.values())).all()
     packed = load_quantized(tmp_path / "quantized")
     kernel = np.asarray(packed.params["encoder"]["layer_0"]["ffn"]["up"]["kernel"])
     assert len(np.unique(kernel)) == 3
     assert read_config(tmp_path / "quantized")[1] == packed.config
     again = changed(trained[0], {"model.name": str(tmp_path / "quantized")}, "test")
-    assert evaluate(again) == pytest.approx(found["metrics"]["qat"])
+    assert evaluate(again) == pytest.approx(found["metrics"]["intervene"])
 
 
 def test_quantized_without_training(trained, tmp_path):
