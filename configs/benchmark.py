@@ -31,7 +31,10 @@ def get_config(arg: str = "full"):
     config.decode.model = ConfigDict(
         dict(hidden_size=128, num_layers=4, decoder_layers=4, num_heads=4, intermediate_size=256)
     )
+    # As large as R8's graph: 15,362 nodes, about 3.5 million entries.
+    config.graph = ConfigDict(dict(nodes=15362, pairs=1_880_000, features=256, rounds=5))
     if arg == "smoke":
+        config.graph.update(nodes=40, pairs=200, features=8, rounds=1)
         config.rounds = 2
         config.search_rounds = 2
         config.batch = 2

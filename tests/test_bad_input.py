@@ -34,6 +34,7 @@ from qtx.methods.calibrate import calibrate
 from qtx.methods.distillation import Teacher, distillation_phase
 from qtx.methods.teacher_intervention import Interventions, check_interventions, intervention_phase, two_steps
 from qtx.nn import BertClassifier, policy
+from qtx.nn.graph import GCN, adjacency, propagate
 from qtx.train.phase import Phase
 from tests.data.test_images import write_mnist
 from tests.nn import tiny
@@ -134,6 +135,11 @@ def test_evaluation_while_training(tiny_config, tmp_path, fields, named):
         ({"weight_scheme": "binary", "weight_gradient": "clip"}, "'clipped'"),
         ({"weight_scheme": "magnitude", "weight_bits": 17}, "1 to 15 bits, not 17"),
         ({"weight_scheme": "loss_aware", "weight_bits": 9}, "2 to 8 bits, not 9"),
+        ({"weight_scheme": "absmean"}, "quant.bit.states"),
+        ({"bit": {"states": 6}}, "states=2 to 5, not 6"),
+        ({"bit": {"states": 3, "activation_bits": 4.0}}, "choose from 1, 1.58, 2, 2.32, 8 and 32"),
+        ({"bit": {"states": 3, "weight_scale": "channel"}}, "weight_scale 'channel'"),
+        ({"bit": {"states": 3}, "pattern": "ALL"}, "leave quant.pattern empty"),
     ],
 )
 def test_patterns_and_codebooks(tiny_config, tmp_path, fields, named):
@@ -1007,3 +1013,24 @@ def test_images_that_do_not_fit(digits, tmp_path, fields, named):
 def test_images_for_a_model_of_texts(digits, tiny_checkpoint, tmp_path):
     digits.model.name, digits.model.sizes = str(tiny_checkpoint), digits.model.sizes.__class__()
     assert "configs/vit.py" in train(digits, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(layout="bucket"), "did you mean 'buckets'"),
+        (dict(matrix=np.ones((2, 3))), "a row and a column for every node"),
+        (dict(matrix=np.triu(np.ones((3, 3)))), "not symmetric"),
+        (dict(matrix=np.full((2, 2), np.inf)), "no finite numbers"),
+    ],
+)
+def test_graphs(change, named):
+    change = {"matrix": np.eye(2), "layout": None} | change
+    assert named in message(adjacency, change["matrix"], change["layout"])
+
+
+def test_graphs_of_jraph_without_weights_and_no_layers():
+    edges = adjacency(np.eye(2), "edges")
+    for broken in (None, np.ones((2, 1))):
+        assert "one weight, [E]" in message(propagate, edges._replace(edges=broken), jnp.ones((2, 3)))
+    assert "at least one layer" in message(GCN(2, 0).init, jax.random.key(0), edges, jnp.ones((2, 3)))

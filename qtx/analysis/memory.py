@@ -88,12 +88,15 @@ def _bits(spec: Spec | None) -> float:
 
 
 def _payload(spec: Spec | None, count: int) -> int:
-    bits = _bits(spec)
-    return packed_size(count, int(bits)) if bits == int(bits) else trits_size(count)
+    if spec is not None and spec.is_ternary:
+        return trits_size(count)
+    return packed_size(count, math.ceil(_bits(spec)))
 
 
 def weight_memory(policy: Policy | None, sites: Mapping[str, SiteInfo], params: Mapping[str, Any]) -> tuple[Item, ...]:
     """Returns an item for every parameter, as a packed file holds it.
+
+    Two states take a bit each here; in a file they take as much as three where one of the values is its row's mean.
 
     Args:
       policy: decides which weights are packed, and how; None: none is.

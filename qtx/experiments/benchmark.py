@@ -29,6 +29,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 from flax import traverse_util
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -42,6 +43,7 @@ from qtx.nn.aliases import policy
 from qtx.nn.bert import MASKED, BertClassifier, BertConfig
 from qtx.nn.decoding import Cache, Decoded, Markers, beam_step, begin_beam, end_beam, translate
 from qtx.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from qtx.nn.graph import Layout, adjacency, propagate
 from qtx.nn.layers import Dense
 from qtx.quant import Spec, asymmetric, estimate, estimator, per_channel, per_tensor, symmetric
 from qtx.quant import rounding as quant_rounding
@@ -562,6 +564,65 @@ def decode(config: ConfigDict) -> Comparison:
     )
 
 
+@functools.lru_cache(1)
+def text_like_graph(nodes: int, pairs: int, seed: int) -> scipy.sparse.csr_array:
+    """Returns a random matrix `D^-1/2 (A + I) D^-1/2` with the profile of a text graph: some words have very many neighbours.
+
+    Args:
+      nodes: half of them words, whose frequencies fall as the root of their rank; the others are documents.
+      pairs: drawn in all, in the proportion of a graph of words and documents (R8); those drawn twice count once.
+      seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    words = nodes // 2
+    frequency = 1 / np.sqrt(np.arange(1, words + 1))
+    of_words = round(0.8 * pairs)
+
+    def drawn(count: int) -> np.ndarray:
+        return rng.choice(words, count, p=frequency / frequency.sum())
+
+    rows = np.concatenate([drawn(of_words), rng.integers(words, nodes, pairs - of_words)])
+    columns = drawn(pairs)
+    apart = rows != columns
+    weights = rng.uniform(0.1, 1, np.count_nonzero(apart))
+    found = scipy.sparse.coo_array((weights, (rows[apart], columns[apart])), shape=(nodes, nodes)).tocsr()
+    found = found.maximum(found.T) + scipy.sparse.eye_array(nodes, format="csr")
+    scale = scipy.sparse.diags_array(1 / np.sqrt(found.sum(1)))
+    return scipy.sparse.csr_array(scale @ found @ scale, dtype=np.float32)
+
+
+def graph_product(config: ConfigDict, layout: Layout) -> Comparison:
+    """`A x` and the gradient of `x`, on a graph in one layout, against the two products by SciPy.
+
+    Raises:
+      ArithmeticError: if the results differ.
+    """
+    c = config.graph
+    matrix = text_like_graph(c.nodes, c.pairs, config.seed)
+    x = np.random.default_rng(config.seed).standard_normal((2, c.nodes, c.features)).astype(np.float32)
+    graph, values = adjacency(matrix, layout), jnp.asarray(x)
+
+    def both(graph, x, g):
+        y, back = jax.vjp(lambda x: propagate(graph, x), x)
+        return y, back(g)[0]
+
+    compiled = jax.jit(both).lower(graph, *values).compile()
+    for ours, given in zip(compiled(graph, *values), x, strict=True):
+        if not (difference := float(np.max(np.abs(np.asarray(ours) - matrix @ given)))) <= 1e-4:
+            raise ArithmeticError(f"the product of a graph by {layout!r} and SciPy's differ by {difference:g}")
+    memory = Memory(_temporary(compiled), 100 * 2**20, f"temporary, {layout}", "bar", Bar(1.0))
+    is_default = type(graph) is type(adjacency(np.eye(1)))
+    return Comparison(
+        lambda: compiled(graph, *values),
+        lambda: [matrix @ each for each in x],
+        f"A x and its gradient, {layout}, {matrix.nnz:,} entries",
+        "SciPy, compressed rows",
+        c.rounds,
+        Bar(1.15) if is_default else None,
+        memory,
+    )
+
+
 COMPARISONS: dict[str, Callable[[ConfigDict], Comparison]] = {
     "train-fixed": lambda config: train_step(config, learned=False),
     "train-learned": lambda config: train_step(config, learned=True),
@@ -574,6 +635,9 @@ COMPARISONS: dict[str, Callable[[ConfigDict], Comparison]] = {
     "adaround": rounding,
     "calibrate": calibration,
     "decode": decode,
+    "graph-csr": lambda config: graph_product(config, "csr"),
+    "graph-buckets": lambda config: graph_product(config, "buckets"),
+    "graph-edges": lambda config: graph_product(config, "edges"),
 }
 
 

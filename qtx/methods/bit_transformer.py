@@ -138,7 +138,8 @@ def without_linear_bias(params: Mapping[str, Any], policy: Policy) -> tuple[dict
 
     def dropped(name: str) -> bool:
         module, _, leaf = name.rpartition("/")
-        return leaf == "bias" and policy.spec("weight", f"{module}/kernel") is not None
+        kernel = f"{module}/kernel"
+        return leaf == "bias" and kernel in flat and policy.spec("weight", kernel) is not None
 
     return without_quantized_biases(params, policy), tuple(f"params/{name}" for name in flat if not dropped(name))
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qtx.errors import UserError
+from qtx.quant.exact import divide
 from qtx.quant.spec import Granularity
 
 
@@ -117,7 +118,8 @@ def mean(x: jax.Array, granularity: Granularity, where: jax.Array | None = None)
     weight = jnp.ones_like(x) if where is None else where.astype(x.dtype)
     total, count = (to_rows(v, granularity) for v in (x * weight, weight))
     axes = tuple(range(1, total.ndim))
-    result = jnp.sum(total, axes) / jnp.maximum(jnp.sum(count, axes), 1)
+    # Exactly: the mean of equal values is that value.
+    result = divide(jnp.sum(total, axes), jnp.maximum(jnp.sum(count, axes), 1))
     return expand(result[0] if granularity.axis is None else result, granularity, x.shape)
 
 

@@ -215,10 +215,10 @@ class Spec:
         without the least integer: as many levels on both sides of zero), `'asymmetric'` (integer zero point),
         `'offset'` (the lower end itself is on the grid, and zero need not be); with a scale from the tensor itself
         `'ternary'` (threshold 0.7 mean|x|, TWN), `'binary'` (signs), `'loss_aware'` (the scale of least error, found by
-        alternation), `'twn'` (TWN's threshold for more bits) or `'magnitude'` (sign and magnitude), see
-        `qtx.quant.codebook`; `'absmean'` (2 to 5 states around zero, in units of mean|x|). As published, where results depend on it: `'shifted'` (the lower end is added without having been
-        subtracted), `'magnitude_int8'` (codes wrap in a signed byte), `'sign'` (signs without a scale, zero stays zero) and
-        `'tanh'` (a soft sign that hardens in training).
+        alternation), `'twn'` (TWN's threshold for more bits), `'magnitude'` (sign and magnitude) or `'absmean'` (2 to 5 states
+        around zero, in units of mean|x|), see `qtx.quant.codebook`. As published, where results depend on it: `'shifted'` (the
+        lower end is added without having been subtracted), `'magnitude_int8'` (codes wrap in a signed byte), `'sign'` (signs
+        without a scale, zero stays zero) and `'tanh'` (a soft sign that hardens in training).
       granularity: which elements share a range.
       estimator: how the range is found.
       range: `'static'` (calibrated once), `'learned'` (calibrated, then trained) or `'dynamic'` (from the tensor itself at

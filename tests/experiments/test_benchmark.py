@@ -118,7 +118,7 @@ def test_smoke_measures_every_row(tmp_path, capsys):
     assert [name for name in found if not name.endswith(" memory")] == list(benchmark.COMPARISONS)
     assert {f"{name} memory" for name in ("train-fixed", "train-learned", "search-tensor")} <= set(found)
     assert all(f"| {name} " in printed for name in found) and "jax: " in printed
-    assert all(_cells(row)["ratio"] > 0 for row in table.rows)
+    assert all(_cells(row)["ratio"] > 0 for row in table.rows if not row[0].endswith(" memory"))
     assert (tmp_path / "benchmark.csv").read_text() == table.csv()
     assert (tmp_path / "benchmark.md").exists() and "device: " in (tmp_path / "environment.txt").read_text()
 

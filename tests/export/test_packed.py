@@ -20,12 +20,15 @@ from qtx.quant import (
     MinMax,
     Search,
     Spec,
+    absmean,
     asymmetric,
     binary,
+    fake_quant,
     loss_aware,
     per_channel,
     per_embedding,
     per_group,
+    per_tensor,
     per_token,
     symmetric,
     ternary,
@@ -80,6 +83,11 @@ POLICIES = {
             "wC": Spec(4, "twn", range="dynamic"),
         },
         A8,
+    ),
+    "states": policy(
+        {"FFN": absmean(5), "Et": absmean(2), "MHA": absmean(4, per_tensor()), "CLS": absmean(3)},
+        None,
+        absmean(5, per_token()),
     ),
     "nothing": policy(None, A8),
 }
@@ -147,6 +155,20 @@ def test_ternary_takes_eight_fifths_of_a_bit(sites, params):
     sizes = {item.name: item.stored for item in weight_memory(POLICIES["clipped, loss-aware"], sites, params)}
     assert sizes["encoder/embeddings/word/table"] == -(-32 * 16 // 5) + 4 * 32
     assert sizes["encoder/layer_0/attention/query/kernel"] == -(-16 * 16 // 5) + 4
+
+
+@pytest.mark.parametrize("states", [2, 3, 4, 5])
+def test_states_are_packed_exactly_also_the_sign_of_a_mean(states):
+    spec = absmean(states, per_channel(-1))
+    weight = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32)
+    for constant in (False, True):
+        weight[:, 2] = 0.5 if constant else weight[:, 2]
+        entry, tensors = packed._packed(spec, "w", jnp.asarray(weight), {})
+        want = jax.jit(fake_quant, static_argnums=0)(spec, jnp.asarray(weight))
+        np.testing.assert_array_equal(packed._unpacked("w", entry, tensors), want)
+        signs = "trits" if states == 3 or constant else "signs"
+        assert entry["packing"] == (signs if states < 4 else "bits")
+    assert entry["bits"] == (1, 2, 2, 3)[states - 2]
 
 
 def test_grid_values_give_the_same_file(tmp_path, params, sites, ranges_of):

@@ -91,7 +91,7 @@ def test_text_merges_layers_that_are_alike(variables):
         "encoder/layer_2/ffn/residual",
         "encoder/layer_4/ffn/residual",
     ]
-    assert sum("inputs of products" in line for line in lines) == 1 and "86 inputs" in text
+    assert sum("inputs of products" in line for line in lines) == 1 and "122 inputs" in text
     assert len(lines) < 60
     column = lines[0].index("kind")
     assert all(line[column - 2 : column] == "  " for line in lines[:-2])

@@ -268,3 +268,39 @@ def test_what_does_not_go_together():
             quant.Spec(**{"range": "dynamic", **fields})
     with pytest.raises(quant.spec.UserError, match="no codes"):
         quant.quantize(quant.Spec(1, "tanh", range="dynamic"), jnp.ones(3))
+
+
+@pytest.mark.parametrize("states", [2, 3, 4, 5])
+@settings(max_examples=15, deadline=None)
+@given(x=TENSORS, kind=st.sampled_from(sorted(AXES)))
+def test_states_against_numpy(states, kind, x):
+    granularity, axis = AXES[kind]
+    spec = quant.absmean(states, granularity)
+    wide = x.astype(np.float64)
+    scale = np.maximum(np.abs(wide).mean(axis, keepdims=True), 1e-5)
+    if states == 2:
+        centred = wide - wide.mean(axis, keepdims=True)
+        want, distance = np.sign(centred), np.abs(centred) / scale
+    else:
+        level = wide / scale
+        want = np.clip(np.round(level), -(states // 2), (states - 1) // 2)
+        distance = np.abs(np.abs(level - np.trunc(level)) - 0.5)
+    integers, step, _ = quant.quantize(spec, x)
+    clear = distance > 1e-5  # float32 may decide otherwise about what is close
+    np.testing.assert_array_equal(np.asarray(integers)[clear], want[clear])
+    np.testing.assert_allclose(np.broadcast_to(step, x.shape), np.broadcast_to(scale, x.shape), rtol=1e-6)
+    y, back = jax.vjp(lambda x: quant.fake_quant(spec, x), x)
+    np.testing.assert_array_equal(y, integers * step)
+    np.testing.assert_array_equal(back(x)[0], x)
+
+
+def test_states_of_zeros_ties_and_tiny_values():
+    x = np.float32([[0, 0, 0, 0], [3, 3, 3, 3], [2.5, -2.5, 0.5, -0.5], [1e-6, -1e-6, 0, 0]])
+    got = {
+        states: np.asarray(quant.quantize(quant.absmean(states, quant.per_channel(0)), x)[0]) for states in (2, 3, 4, 5)
+    }
+    np.testing.assert_array_equal(got[2], [[0] * 4, [0] * 4, [1, -1, 1, -1], [1, -1, 0, 0]])
+    np.testing.assert_array_equal(got[3], [[0] * 4, [1] * 4, [1, -1, 0, 0], [0] * 4])
+    np.testing.assert_array_equal(got[4], [[0] * 4, [1] * 4, [1, -2, 0, 0], [0] * 4])
+    np.testing.assert_array_equal(got[5], [[0] * 4, [1] * 4, [2, -2, 0, 0], [0] * 4])
+    assert np.isnan(np.asarray(quant.fake_quant(quant.absmean(3, quant.per_channel(0)), x * np.float32(np.nan)))).all()

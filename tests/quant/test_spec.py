@@ -23,6 +23,9 @@ from qtx.quant.spec import ESTIMATORS, Granularity, MinMax, Search, Spec
         (lambda: Spec(3, "ternary", range="dynamic"), "takes bits=2"),
         (lambda: Spec(2, "binary", range="dynamic"), "takes bits=1"),
         (lambda: quant.loss_aware(9), "takes bits=2 to 8"),
+        (lambda: quant.absmean(6), "takes states=2 to 5, not 6"),
+        (lambda: Spec(3, "absmean", range="dynamic", states=4), "4 states take bits=2, not 3; use qtx.absmean(4)"),
+        (lambda: quant.symmetric(2, states=3), "use scheme='absmean'"),
         (lambda: quant.loss_aware(iterations=0), "at least one"),
         (lambda: quant.ternary(iterations=3), "not 'ternary'"),
         (lambda: quant.ternary(clip=(2.5, -2.5)), "such as (-2.5, 2.5)"),
@@ -104,3 +107,11 @@ def test_names_for_people():
     assert [str(g) for g in (quant.per_tensor(), quant.per_embedding(), quant.per_position(), quant.per_token())] == [
         "per tensor", "per embedding", "per position", "per token"
     ]  # fmt: skip
+
+
+def test_states():
+    specs = {states: quant.absmean(states) for states in (2, 3, 4, 5)}
+    assert [spec.bits for spec in specs.values()] == [1, 2, 2, 3]
+    assert [round(spec.storage_bits, 2) for spec in specs.values()] == [1, 1.58, 2, 2.32]
+    assert [spec.is_ternary for spec in specs.values()] == [False, True, False, False]
+    assert str(specs[5]) == "5-state absmean, per channel"
