@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import importlib.util
 import os
+import sys
 import urllib.error
 import urllib.request
 import zlib
@@ -305,3 +306,11 @@ def _limit(split: Split, limit: int | None, seed: int) -> Split:
     if limit is None or limit >= len(split):
         return split
     return split.take(np.sort(np.random.default_rng(seed).choice(len(split), limit, replace=False)))
+
+
+def standard_input() -> str:
+    """Returns what stands in standard input; raises a `UserError` if that is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 ({error}); convert it") from None

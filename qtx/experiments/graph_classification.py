@@ -24,12 +24,12 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from qtx import models
-from qtx.data.corpus import Corpus
-from qtx.data.text_graph import TextGraph, build_graph
+from qtx.data.corpus import Corpus, words_kind
+from qtx.data.text_graph import TextGraph, build_graph, save_graph
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import Classification, prepare
 from qtx.experiments.experiment import LABELLED, load_model
-from qtx.experiments.graph import corpus_from, graph_from, settings_from, track
+from qtx.experiments.graph import GRAPH_FILE, corpus_from, graph_from, settings_from, track
 from qtx.export.packed import policy_from_json, policy_to_json
 from qtx.files import whole_file
 from qtx.methods.bittransgnn import GraphDistillation, graph_loss, vote
@@ -55,6 +55,9 @@ class GraphPart:
       features: of all nodes `[N, D]`, as they were when the model was evaluated.
       fingerprint: of the documents of its graph.
       policy: of its sites alone.
+      task: whose texts the graph is of.
+      words: kind of words of the graph, see `qtx.data.corpus.make_corpus`.
+      tokenizer: likewise.
     """
 
     config: GraphConfig
@@ -62,6 +65,9 @@ class GraphPart:
     features: np.ndarray
     fingerprint: str
     policy: Policy = Policy()
+    task: str = ""
+    words: str = "basic"
+    tokenizer: str = ""
 
     def save(self, directory: Path) -> None:
         """Writes it beside a model."""
@@ -71,6 +77,7 @@ class GraphPart:
             "config": dataclasses.asdict(self.config),
             "fingerprint": self.fingerprint,
             "policy": policy_to_json(self.policy),
+            "texts": [self.task, self.words, self.tokenizer],
         }
         with whole_file(directory / GRAPH_PART) as partial:
             safetensors.numpy.save_file(tensors, partial, metadata={"qtx": json.dumps(record)})
@@ -91,7 +98,8 @@ class GraphPart:
             gcn = {name.removeprefix("gcn/"): jnp.asarray(value) for name, value in tensors.items()}
             params = traverse_util.unflatten_dict(gcn, sep="/")
             policy = policy_from_json(record["policy"])
-            return cls(GraphConfig(**record["config"]), params, features, record["fingerprint"], policy)
+            config = GraphConfig(**record["config"])
+            return cls(config, params, features, record["fingerprint"], policy, *record["texts"])
         except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} cannot be read ({error}); is the file truncated?") from None
 
@@ -300,7 +308,12 @@ class GraphClassification(Classification):
         rest = {name: info for name, info in self.sites().items() if name.startswith("gcn/")}
         gcn_policy = without_unmatched(trained.policy or Policy(), rest)  # type: ignore[attr-defined]
         gcn_config = trained.graph  # type: ignore[attr-defined]
-        part = GraphPart(gcn_config, gcn, np.asarray(bank), self.graph.fingerprint, gcn_policy)
+        section = self.config.graph
+        words = words_kind(self.task, section.words)
+        texts = (self.task.name, section.words, section.tokenizer if words == "basic" else "")
+        part = GraphPart(gcn_config, gcn, np.asarray(bank), self.graph.fingerprint, gcn_policy, *texts)
+        if not self.config.bittransgnn.graph:
+            save_graph(self.graph, workdir / GRAPH_FILE)
         for name in ("model", "quantized"):
             if (workdir / name).is_dir():
                 part.save(workdir / name)

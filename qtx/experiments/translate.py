@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from qtx import models
 from qtx.data.pair_tokenizer import UNK, PairTokenizer, load
-from qtx.data.reading import read_text
+from qtx.data.reading import read_text, standard_input
 from qtx.errors import UserError
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
 from qtx.files import write_text
@@ -120,7 +120,7 @@ def translate_file(
       max_length: see `Translator`.
     """
     translator = Translator.load(model, direction)
-    text = _standard_input() if source == "-" else read_text(Path(source))
+    text = standard_input() if source == "-" else read_text(Path(source))
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
 
     def warn(message: str) -> None:
@@ -131,10 +131,3 @@ def translate_file(
         sys.stdout.write(translated)
     else:
         write_text(Path(target), translated)
-
-
-def _standard_input() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not UTF-8 ({error}); convert it") from None

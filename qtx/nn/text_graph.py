@@ -193,6 +193,10 @@ class TextGraphClassifier(Block):
         votes = self.gcn.attached(rows, pooled, entering).astype(text.dtype)
         return GraphOutputs(mixture(votes, text, self.graph.mix), text, votes, pooled)
 
+    def entering(self) -> tuple[jax.Array, ...]:
+        """Returns what enters each convolution, of the nodes of the graph: what `attached` needs of them."""
+        return self.gcn.entering(self.get_variable("graph", "adjacency"), self.get_variable("bank", "features"))
+
     def propagated(self) -> jax.Array:
         """Returns the features of the bank behind the first product with the adjacency, `[N, D]`."""
         return self.gcn.propagated(self.get_variable("graph", "adjacency"), self.get_variable("bank", "features"))

@@ -1,0 +1,200 @@
+"""Classifying new texts with a trained model: lines in, as many labels out, in their order.
+
+A BitTransGNN attaches new documents to its graph by their own words and neighbours (`qtx.data.text_graph.attach`); the graph is
+not built again, and its nodes do not change. So what is said of a text depends on no other new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.sparse import BCSR
+from jax.sharding import Mesh
+
+from qtx import data, models
+from qtx.data.batching import Batches, bucket_lengths
+from qtx.data.cleaning import without_backslashes
+from qtx.data.corpus import new_documents, words_kind
+from qtx.data.reading import read_text, standard_input
+from qtx.data.text_graph import TextGraph, attach, load_graph
+from qtx.errors import UserError
+from qtx.experiments.graph_classification import GraphPart, part_of, with_rules
+from qtx.export.packed import WEIGHTS_FILE, load_quantized
+from qtx.files import write_text
+from qtx.nn.bert import BertConfig
+from qtx.nn.graph import adjacency
+from qtx.nn.text_graph import TextGraphClassifier
+from qtx.train.loop import predict
+from qtx.train.sharding import make_mesh
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classifier:
+    """A trained classifier of texts, with its graph if it has one.
+
+        classifier = Classifier.load("runs/dynamic/quantized", "runs/dynamic/graph.npz")
+        labels, values = classifier([["Oil prices rose again on Monday."]])
+
+    Attributes:
+      text: the encoder with its classifier.
+      variables: its parameters, and ranges if it is quantized.
+      labels: names of the classes; empty for a regression.
+      tokenizer: of the encoder.
+      mesh: where to compute.
+      max_length: tokens; the rest of a longer text is left out.
+      part: what a graph model has beside the encoder, or None.
+      graph: the graph that it was trained with, or None.
+    """
+
+    text: nn.Module
+    variables: dict[str, Any]
+    labels: tuple[str, ...]
+    tokenizer: Any
+    mesh: Mesh
+    max_length: int
+    part: GraphPart | None
+    graph: TextGraph | None
+
+    @classmethod
+    def load(cls, name: str, graph: str = "", max_length: int = 128) -> Classifier:
+        """Loads a checkpoint (`model/` of a run) or a packed artifact (`quantized/`).
+
+        Args:
+          name: see `qtx.models.locate`.
+          graph: file of the graph that the model was trained with; '': `graph.npz` beside the model's directory.
+          max_length: of texts, in tokens.
+
+        Raises:
+          UserError: on a model that does not classify texts, or a graph that is missing or another one.
+        """
+        directory = models.locate(name)
+        found: Any
+        if (directory / WEIGHTS_FILE).is_file():
+            found = load_quantized(directory)
+            text, variables = found.model, found.variables
+        else:
+            found = models.load(str(directory), None)
+            if found.fresh:
+                raise UserError(f"{name} has no trained {' and '.join(found.fresh)}; give a model that was trained")
+            text, variables = found.family.module(config=found.config), {"params": found.params}
+        if not isinstance(found.config, BertConfig):
+            raise UserError(f"{name} does not classify texts; give the directory of a model that does")
+        if not 1 <= max_length <= found.config.max_positions:
+            raise UserError(f"max_length must be from 1 to the model's {found.config.max_positions}, got {max_length}")
+        count = found.config.num_labels
+        labels = models.read_labels(directory) or tuple(str(i) for i in range(count))
+        part, text_graph = part_of(directory), None
+        if part is not None:
+            text_graph = load_graph(graph or directory.parent / "graph.npz")
+            if text_graph.fingerprint != part.fingerprint:
+                raise UserError(f"{graph} is a graph of other documents than those that {name} was trained with")
+        tokenizer = data.load_tokenizer(directory)
+        own = () if count == 1 else labels
+        return cls(text, variables, own, tokenizer, make_mesh(), max_length, part, text_graph)
+
+    def __call__(self, texts: Sequence[Sequence[str]], batch_size: int = 32) -> tuple[list[str], np.ndarray]:
+        """Classifies texts.
+
+        Args:
+          texts: each of one string, or two for a model of pairs.
+          batch_size: texts that are encoded together.
+
+        Returns:
+          The label of each text (of a regression the number, as text), and log probabilities `[M, C]` (or numbers `[M, 1]`).
+
+        Raises:
+          UserError: no text; one without a word, or with another number of columns than the others.
+        """
+        if not texts or len({len(row) for row in texts}) > 1:
+            raise UserError("there are no texts to classify" if not texts else "some lines have one text and some two")
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        for number, row in enumerate(texts, 1):
+            if not any(text.strip() for text in row):
+                raise UserError(f"text {number} is empty; leave it out")
+        values = (
+            self._plain(columns, batch_size, "logits") if self.part is None else self._attached(columns, batch_size)
+        )
+        if not self.labels:
+            return [f"{value:.4f}" for value in values[:, 0]], values
+        if self.part is None:
+            values = np.asarray(jax.nn.log_softmax(values))
+        return [self.labels[i] for i in values.argmax(-1)], values
+
+    def _plain(self, columns: Sequence[list[str]], batch_size: int, output: str) -> np.ndarray:
+        nothing = np.zeros(len(columns[0]), np.int32)
+        encoded = data.encode(self.tokenizer, data.Examples(tuple(columns), nothing), self.max_length)
+        buckets = bucket_lengths(encoded.lengths, self.max_length, 2)
+        pad = self.text.config.pad_token_id  # type: ignore[attr-defined]
+        size = -(-batch_size // self.mesh.shape["data"]) * self.mesh.shape["data"]
+        batches = Batches(encoded, size, buckets, shuffle=False, pad_id=pad, epochs=1)
+        return predict(self.text, self.variables, batches, self.mesh, output=output)
+
+    def _attached(self, columns: list[list[str]], batch_size: int) -> np.ndarray:
+        assert self.part is not None and self.graph is not None, "only a graph model attaches texts"
+        own = data.Task(self.part.task, tuple(f"text{i}" for i in range(len(columns))), self.labels)
+        task = data.TASKS.get(self.part.task, own)
+        tokenizer = data.load_tokenizer(models.locate(self.part.tokenizer)) if self.part.tokenizer else None
+        words = new_documents(task, columns, self.part.words, tokenizer)
+        if words_kind(task, self.part.words) != "basic":  # the encoder was trained on cleaned texts, too
+            known = frozenset(self.graph.vocabulary)
+            columns = [[without_backslashes(" ".join(w for w in text.split() if w in known)) for text in words]]
+        rows = attach(self.graph, words)
+        features = jnp.asarray(self._plain(columns, batch_size, "pooled"))
+        edges = BCSR((jnp.asarray(rows.data), jnp.asarray(rows.indices), jnp.asarray(rows.indptr)), shape=rows.shape)
+        joint = self._joint
+        variables = {**self.variables, "params": self.variables["params"] | {"gcn": self.part.params}}
+        outputs: Any = joint.apply(variables, features, edges, self._entering, method="attached")
+        return np.asarray(outputs.logits)
+
+    @functools.cached_property
+    def _joint(self) -> TextGraphClassifier:
+        assert self.part is not None
+        text: Any = self.text
+        policy = with_rules(text.policy, self.part.policy)
+        return TextGraphClassifier(text.config, text.dtype, policy, type(text), self.part.config, recompute=False)
+
+    @functools.cached_property
+    def _entering(self) -> Any:
+        """What enters each convolution of the graph's own nodes: the same for all new texts."""
+        assert self.part is not None and self.graph is not None
+        variables = {
+            "params": self.variables["params"] | {"gcn": self.part.params},
+            "graph": {"adjacency": adjacency(self.graph.normalised)},
+            "bank": {"features": jnp.asarray(self.part.features)},
+        }
+        return self._joint.apply(variables, method="entering")
+
+
+def classify_file(model: str, graph: str, source: str, target: str, max_length: int, batch_size: int) -> None:
+    """Classifies a file line by line.
+
+    Args:
+      model: see `Classifier.load`.
+      graph: likewise.
+      source: path of a UTF-8 file, plain or compressed, a text a line, the two of a pair separated by a tab; `-`: standard
+        input.
+      target: path, which gets a line for each: label, tab, probability; `-`: standard output.
+      max_length: of texts, in tokens.
+      batch_size: texts that are encoded together.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    classifier = Classifier.load(model, graph, max_length)
+    text = standard_input() if source == "-" else read_text(Path(source))
+    lines = [line.strip().split("\t") for line in text.removesuffix("\n").split("\n")] if text else []
+    labels, values = classifier(lines, batch_size)
+    shown = np.exp(values.max(-1)) if classifier.labels else values[:, 0]
+    found = "".join(f"{label}\t{value:.4f}\n" for label, value in zip(labels, shown, strict=True))
+    if target == "-":
+        sys.stdout.write(found)
+    else:
+        write_text(Path(target), found)
