@@ -30,7 +30,7 @@ def test_every_site_and_parameter_has_one_row(variables):
 
 def test_summary_counts(variables):
     assert described(variables, weights=symmetric(8), activations=asymmetric(8)).summary == (
-        "quantized: 161 of 161 activations, 102 of 102 weights, 0 of 86 inputs; 99 other parameters in full precision"
+        "quantized: 161 of 161 activations, 102 of 102 weights, 0 of 122 inputs; 99 other parameters in full precision"
     )
     assert (
         "160 of 161 activations, 1 of 102"
