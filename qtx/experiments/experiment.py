@@ -112,7 +112,9 @@ class Experiment(abc.ABC):
         family, sizes = self.pretrained.family, self.pretrained.config
         models.save(workdir / "model", family, sizes, variables["params"], self.tokenizer, self.labels)
         if policy is not None and packable(policy):
-            params = self.frozen(trained, variables)[1]["params"]
+            params = variables["params"]
+            if self.config.quant.evaluation_rounding == "drawn":  # what is packed is the draw that was evaluated
+                params = self.frozen(trained, variables)[1]["params"]
             chosen = trained.policy  # type: ignore[attr-defined]
             kept = self.tokenizer, self.labels
             save_quantized(workdir / "quantized", family, sizes, chosen, params, variables["ranges"], *kept)

@@ -1,0 +1,240 @@
+"""BitTransGNN by configuration: training, resuming, what is saved, distillation, and texts that come later."""
+
+import copy
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse
+from flax import traverse_util
+
+from qtx.errors import UserError
+from qtx.experiments.classify import Classifier, classify_file
+from qtx.experiments.config import changed
+from qtx.experiments.graph_classification import GRAPH_PART, GraphClassification, GraphPart
+from qtx.experiments.run import evaluate, make_recipe, train_and_evaluate
+from qtx.experiments.setup import setup
+from qtx.methods.bittransgnn import graph_loss
+from qtx.nn.graph import adjacency
+from qtx.nn.text_graph import StudentAndTeacher, TextGraphClassifier, mixture
+from tests.conftest import WORDS, make_tiny_config
+
+
+def write_corpus(directory, documents=60):
+    """Writes a small corpus in the layout of TextGCN: two thirds for training."""
+    rng = np.random.default_rng(0)
+    rows, texts = [], []
+    for i in range(documents):
+        words = [rng.choice(["good", "great"] if i % 2 else ["bad", "awful"]), *rng.choice(WORDS, rng.integers(3, 8))]
+        rows.append(f"{i}\t{'train' if 3 * i < 2 * documents else 'test'}\t{i % 2}")
+        texts.append(" ".join(words))
+    (directory / "corpus").mkdir()
+    (directory / "mr.txt").write_text("\n".join(rows))
+    (directory / "corpus" / "mr.txt").write_text("\n".join(texts))
+    return texts
+
+
+def graph_config(tiny_checkpoint, tiny_data, corpus, method="dynamic"):
+    """A run on the corpus with ternary weights, without calibration of ranges."""
+    config = make_tiny_config(tiny_checkpoint, tiny_data)
+    config.task, config.data.dir, config.model.pooler = "mr", str(corpus), False
+    config.graph.update(tokenizer="", neighbours=4)
+    config.bittransgnn.update(method=method, hidden_size=6)
+    config.recipe, config.quant.bit.states = ("qat",), 3
+    config.phases.qat.update(steps=0, epochs=2.0, ranges="fixed", evaluate_every=1.0)
+    config.phases.qat.optimizer.learning_rate = 1e-2
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint, tiny_data, tmp_path_factory):
+    """A dynamic run: configuration, directory, texts of its corpus and result."""
+    root = tmp_path_factory.mktemp("graph")
+    (root / "data").mkdir()
+    texts = write_corpus(root / "data")
+    config = graph_config(tiny_checkpoint, tiny_data, root / "data")
+    return config, root / "run", texts, train_and_evaluate(config, root / "run")
+
+
+def flat(tree):
+    return {name: np.asarray(value) for name, value in traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def test_a_run_that_was_interrupted_goes_on_to_the_same_numbers(run, tmp_path, monkeypatch):
+    config, _, _, whole = run
+    calls = []
+    memory = GraphClassification.memory
+
+    def stops(self, *args):
+        calls.append(1)
+        if len(calls) == 3:  # after the second epoch's last step
+            raise KeyboardInterrupt
+        return memory(self, *args)
+
+    config = copy.deepcopy(config)
+    config.checkpoint_every = 3
+    monkeypatch.setattr(GraphClassification, "memory", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train_and_evaluate(config, tmp_path)
+    monkeypatch.setattr(GraphClassification, "memory", memory)
+    resumed = train_and_evaluate(config, tmp_path)
+    for kind in ("params", "bank"):
+        for name, value in flat(whole[kind]).items():
+            np.testing.assert_array_equal(flat(resumed[kind])[name], value, err_msg=name)
+
+
+def test_the_bank_is_that_of_the_encoder_and_zero_for_words(run):
+    _, _, _, result = run
+    experiment, bank = result["experiment"], np.asarray(result["bank"]["features"])
+    model = make_recipe(experiment)[0][0].model
+    np.testing.assert_array_equal(bank, experiment.features(model, result))  # it was refreshed before the evaluation
+    words = experiment.graph.word_nodes
+    assert len(words) and not bank[words].any() and np.all(np.any(np.delete(bank, words, 0), 1))
+
+
+def test_saved_models_say_the_same(run):
+    config, workdir, _, result = run
+    experiment = result["experiment"]
+    model = make_recipe(experiment)[0][0].model
+    expected = experiment.logits(model, {name: result[name] for name in ("params", "ranges", "bank")})
+    packed = copy.deepcopy(config)
+    packed.model.update(name=str(workdir / "quantized"), fresh_head=False)
+    found = setup(packed)
+    for split, values in found.logits(found.model, found.variables).items():
+        np.testing.assert_allclose(values, expected[split], atol=1e-5)
+    assert evaluate(packed)["accuracy"] == pytest.approx(result["metrics"]["qat"]["accuracy"])
+    packed.bittransgnn.method, packed.data.splits = "", "graph"  # direct separation
+    alone = setup(packed)
+    text = experiment.text_model(model)
+    variables = {"params": result["params"], "ranges": result["ranges"]}
+    values = alone.logits(alone.model, alone.variables)["test"]
+    direct = super(GraphClassification, experiment).logits(text, variables, ["test"])["test"]
+    np.testing.assert_allclose(values, direct, atol=1e-5)
+
+
+def test_static_training_moves_the_convolution_alone(run, tmp_path):
+    config, workdir, *_ = run
+    config = copy.deepcopy(config)
+    config.bittransgnn.method = "static"
+    config.model.update(name=str(workdir / "model"), fresh_head=False)
+    experiment = setup(config)
+    phase = make_recipe(experiment)[0][0]
+    assert phase.refresh == "never" and phase.trainable == ("gcn/**",) and not phase.model.recompute
+    memory = phase.memory(phase.model, experiment.variables, phase.constants)["bank"]
+    product = experiment.graph.normalised @ np.asarray(memory["features"])
+    np.testing.assert_allclose(memory["propagated"], product, atol=1e-5)
+    before, after = flat(experiment.pretrained.params), flat(train_and_evaluate(config, tmp_path)["params"])
+    moved = {name for name, value in before.items() if np.any(after[name] != value)}
+    assert moved and all(name.startswith("gcn/") for name in moved)
+
+
+def test_distillation_learns_from_the_votes_of_the_teacher(run, tmp_path):
+    config, workdir, _, result = run
+    config = copy.deepcopy(config)
+    config.model.update(name=str(workdir / "model"), fresh_head=False)
+    config.bittransgnn.update(method="distillation", teacher=str(workdir / "quantized"))
+    experiment = setup(config)
+    phase = make_recipe(experiment)[0][0]
+    teacher = result["experiment"]
+    model = make_recipe(teacher)[0][0].model
+    votes = teacher.logits(model, {name: result[name] for name in ("params", "ranges", "bank")}, ["train"])["train"]
+    found = mixture(phase.constants["graph"], phase.constants["text"], config.bittransgnn.mix)
+    np.testing.assert_allclose(found, votes, atol=1e-5)
+    student = train_and_evaluate(config, tmp_path)
+    assert not (tmp_path / "model" / GRAPH_PART).exists() and "gcn" not in student["params"]
+    config.data.limit_train = 20
+    with pytest.raises(UserError, match="graph of other documents"):
+        setup(config)
+
+
+def test_online_distillation_trains_both(run, tmp_path):
+    config, workdir, *_ = run
+    config = copy.deepcopy(config)
+    config.model.update(name=str(workdir / "model"), fresh_head=False)
+    config.bittransgnn.method = "online"
+    config.phases.qat.epochs = 1.0
+    experiment = setup(config)
+    assert isinstance(experiment.model, StudentAndTeacher)
+    phase = make_recipe(experiment)[0][0]
+    assert {rule.pattern.partition("/")[0] for rule in phase.model.policy.weights} == {"student", "teacher"}
+    before, found = flat(experiment.pretrained.params), train_and_evaluate(config, tmp_path)
+    after = flat(found["params"])
+    for part in ("student/encoder/", "student/classifier/", "teacher/encoder/", "teacher/gcn/"):
+        assert any(np.any(after[name] != before[name]) for name in before if name.startswith(part)), part
+    assert not (tmp_path / "model" / GRAPH_PART).exists()
+    alone = copy.deepcopy(config)
+    alone.model.name, alone.bittransgnn.method, alone.data.splits = str(tmp_path / "quantized"), "", "graph"
+    assert evaluate(alone)["accuracy"] == pytest.approx(found["metrics"]["qat"]["accuracy"])
+
+
+def test_an_inductive_graph_knows_no_test_document(run):
+    config = copy.deepcopy(run[0])
+    config.graph.inference = "inductive"
+    experiment = setup(config)
+    assert experiment.graph.n_documents == len(experiment.encoded["train"]) + len(experiment.encoded["validation"])
+    assert set(experiment.logits(experiment.model, experiment.variables)) == {"validation"}
+    assert make_recipe(experiment)[0][0].objective is graph_loss
+
+
+def test_new_texts_are_classified_by_their_own_edges(run, tmp_path):
+    _, workdir, texts, _ = run
+    classifier = Classifier.load(str(workdir / "quantized"), max_length=16)
+    new = [[text] for text in texts[:7]]
+    labels, values = classifier(new)
+    assert set(labels) <= {"0", "1"}
+    np.testing.assert_allclose(np.exp(values).sum(-1), 1, atol=1e-5)
+    np.testing.assert_allclose(classifier(new[3:4])[1], values[3:4], atol=1e-5)  # whatever comes with it
+    (tmp_path / "texts.txt").write_text("\n".join(texts[:7]) + "\n")
+    files = str(tmp_path / "texts.txt"), str(tmp_path / "labels.txt")
+    classify_file(str(workdir / "model"), str(workdir / "graph.npz"), *files, 16, 4)
+    lines = (tmp_path / "labels.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == labels
+    with pytest.raises(UserError, match="text 2 is empty"):
+        classifier([["good"], [" "]])
+    (tmp_path / "graph.npz").write_bytes((workdir / "graph.npz").read_bytes()[:-50])
+    with pytest.raises(UserError, match="no whole graph"):
+        Classifier.load(str(workdir / "model"), str(tmp_path / "graph.npz"), 16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"bittransgnn.mix": 1.5}, "must lie in \\[0, 1\\]"),
+        ({"bittransgnn.method": "dynamics"}, "'dynamic'"),
+        ({"bittransgnn.method": "distillation"}, "bittransgnn.teacher"),
+        ({"bittransgnn.alpha": -1.0}, "alpha"),
+        ({"bittransgnn.target": "probability"}, "'probabilities'"),
+        ({"bittransgnn.dropout": 1.0}, "dropout"),
+        ({"model.pooler": True}, "model.pooler=False"),
+        ({"task": "multi30k"}, "texts with labels"),
+        ({"data.splits": "graphs"}, "'graph'"),
+        ({"bittransgnn.refresh": "later"}, "time of refreshing"),
+    ],
+)
+def test_what_does_not_fit(run, tmp_path, fields, named):
+    config = changed(run[0], fields, "test")
+    with pytest.raises(UserError, match=named):
+        train_and_evaluate(config, tmp_path)
+
+
+def test_a_damaged_graph_part(run, tmp_path):
+    _, workdir, *_ = run
+    with pytest.raises(UserError, match="no trained BitTransGNN"):
+        GraphPart.load(tmp_path)
+    (tmp_path / GRAPH_PART).write_bytes((workdir / "model" / GRAPH_PART).read_bytes()[:100])
+    with pytest.raises(UserError, match="truncated"):
+        GraphPart.load(tmp_path)
+
+
+def test_without_a_graph_every_document_stands_alone(run):
+    _, _, _, result = run
+    experiment = result["experiment"]
+    model: TextGraphClassifier = make_recipe(experiment)[0][0].model
+    batch = next(iter(experiment.batches("test", 4, shuffle=False, epochs=1)))
+    args = [jnp.asarray(batch[name]) for name in model.inputs]
+    variables = {name: result[name] for name in ("params", "ranges")}
+    alone = model.apply(variables, *args)
+    loops = adjacency(scipy.sparse.eye_array(4))
+    own = variables | {"graph": {"adjacency": loops}, "bank": {"features": jnp.zeros((4, 16))}}
+    same = model.apply(own, *args[:3], jnp.arange(4))
+    np.testing.assert_allclose(alone.logits, same.logits, atol=1e-6)
