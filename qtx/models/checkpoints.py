@@ -127,7 +127,7 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
 def parameter_name(family: Family, config: ModelConfig, name: str) -> str | None:
     """Returns the qtx path of a tensor by its name in a checkpoint, with the family's prefix or without; None: it has none."""
     stem, _, leaf = name.rpartition(".")
-    modules, expected = family.modules(config), _shapes(family, config)
+    modules, expected = family.names(config), _shapes(family, config)
     module = modules.get(stem) or modules.get(family.prefix + stem)
     return next((path for ours in _LEAVES.get(leaf, ()) if (path := f"{module}/{ours}") in expected), None)
 
@@ -308,7 +308,7 @@ def create(
 
 def to_hf_tensors(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns the parameters under their Hugging Face names and in their layouts."""
-    back = {path: theirs for theirs, path in family.modules(config).items()}
+    back = {path: theirs for theirs, path in family.names(config).items()}
     leaves = {"kernel": "weight", "table": "weight", "scale": "weight", "bias": "bias"}
     tensors = {}
     for path, value in traverse_util.flatten_dict(params, sep="/").items():
