@@ -477,8 +477,9 @@ def suppression_from(quant: ConfigDict, section: ConfigDict) -> OutlierSuppressi
 def _suppression(quant: ConfigDict) -> OutlierSuppression | None:
     if not quant.outlier_suppression:
         return None
-    for name, value in quantization().items():
-        if name not in ("outlier_suppression", "weight_bits", "activation_bits") and quant[name] != value:
+    given = quant.to_dict()
+    for name, value in quantization().to_dict().items():
+        if name not in ("outlier_suppression", "weight_bits", "activation_bits") and given[name] != value:
             raise UserError(
                 f"quant.outlier_suppression says how everything is quantized: leave quant.{name} at {value!r}"
             )

@@ -112,7 +112,8 @@ class Suppressed(NamedTuple):
       model: with the policy, and with a configuration that has `shortcuts` where norms migrated.
       params: float masters.
       ranges: of weights and activations.
-      table: how far the logits on the calibration data are from those of the float model, after each step.
+      table: how far the logits on the calibration data are from those of the float model, after each step. Learned ranges are
+        those of the model only if they have the least error.
     """
 
     model: nn.Module
@@ -629,8 +630,10 @@ def suppress(
         best, found, tried = clip_tokens(runnable, new, frozen, sites, stacked, wanted, options.bits)
         errors |= {"min-max": tried[0], f"token quantile {best:.3g}": min(tried)}
         if options.epochs:
-            found = learn_ranges(runnable, frozen, found, stacked, wanted, options)
-            measure("learned", runnable, frozen, found)
+            learned = learn_ranges(runnable, frozen, found, stacked, wanted, options)
+            measure("learned", runnable, frozen, learned)
+            if errors["learned"] < min(tried):  # few noisy steps can lead away
+                found = learned
         ranges = _merged(weights, found)
         model = model.clone(policy=suppression_policy(options, config.num_layers, best))
     table = Table(["ranges", "error"], list(errors.items()), {"error": ".4g"}, "Squared error of the calibration logits")

@@ -134,9 +134,9 @@ def planted():
     flat = {name: value for name, value in flat.items() if "layer_1" not in name and "layer_2" not in name}
     for norm in ("encoder/embeddings/norm", "encoder/layer_0/attention/norm"):
         flat[f"{norm}/scale"] = np.abs(flat[f"{norm}/scale"]) + 0.2
-        flat[f"{norm}/scale"][3] *= 60
+        flat[f"{norm}/scale"][3] *= 200
     for reader in ("attention/query", "attention/key", "attention/value", "ffn/up"):
-        flat[f"encoder/layer_0/{reader}/kernel"][3] /= 60
+        flat[f"encoder/layer_0/{reader}/kernel"][3] /= 200
     params = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat, sep="/"))
     batches = [tiny.inputs(seed, (6, 5, 3, 6)) for seed in range(3)]
     return family.module(config=config), params, batches
@@ -166,10 +166,11 @@ def test_shift_and_scale_win_back_what_outliers_cost():
 
 def test_clipped_tokens_lower_the_error_and_steps_learn():
     model, params, batches = planted()
-    options = os.OutlierSuppression("os", 4, learning_rate=1e-3, epochs=4)
-    found = os.suppress(model, params, batches, options)
-    (_, plain), (_, clipped), (_, learned) = found.table.rows
-    assert clipped < plain and learned < clipped
+    found = os.suppress(model, params, batches, os.OutlierSuppression("os", 4, epochs=0))
+    (_, plain), (_, clipped) = found.table.rows
+    assert clipped < plain
+    learned = os.suppress(model, params, batches, os.OutlierSuppression("os", 6, learning_rate=3e-4, epochs=30))
+    assert learned.table.rows[-1][1] < learned.table.rows[1][1]
     specs = [found.model.policy.spec("activation", f"encoder/layer_0/attention/{name}") for name in ("context", "probs")]
     assert specs[0].estimator.token_quantile < 1 == specs[1].estimator.token_quantile
     assert specs[0].range == "learned" and specs[0].range_gradient == "lsq"
