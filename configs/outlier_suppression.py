@@ -1,15 +1,18 @@
 """Outlier suppression: move outliers out of the activations of a trained encoder, then quantize it.
 
-    python launch/quantize.py --config=configs/outlier_suppression.py:w6a6_os --config.model.name=runs/film_reviews/model --workdir=runs/os
+    python launch/quantize.py --config=configs/outlier_suppression.py:w6a6_os \
+        --config.model.name=runs/film_reviews/model --workdir=runs/os
     python launch/quantize.py --config=configs/outlier_suppression.py:w8a8_os+ --config.task=rte --data_dir=DATA \
         --config.model.name=runs/rte/model --workdir=runs/rte_os+
 
-The argument is bits and method: `w8a8`, `w6a6` or `w4a4` with `os` (Wei et al. 2022: gains migrate, tokens are clipped, ranges
-learn), `os+` (Wei et al. 2023: channels are shifted and scaled) or `os+_as_published` (a study's run of the latter, in which nothing
-migrates and weights are quantized twice); or `smoke`. Calibration is on 256 training examples. The run leaves the packed artifact as
-`quantized/` and the float model whose outliers moved as `model/`, to go on from: it computes what the given one does.
+The argument is bits and method: `w8a8`, `w6a6` or `w4a4` with `os` (Wei et al. 2022: gains migrate, tokens are clipped,
+ranges learn), `os+` (Wei et al. 2023: channels are shifted and scaled) or `os+_as_published` (a study's run of the latter, in
+which nothing migrates and weights are quantized twice); or `smoke`. Calibration is on 256 training examples. The run leaves
+the packed artifact as `quantized/` and the float model whose outliers moved as `model/`, to go on from: it computes what
+the given one does.
 
-Encoders whose norms stand behind the residual sums migrate: BERT, RoBERTa, DistilBERT, SqueezeBERT and, within its layers, ALBERT.
+Encoders whose norms stand behind the residual sums migrate: BERT, RoBERTa, DistilBERT, SqueezeBERT and, within its layers,
+ALBERT.
 """
 
 import re

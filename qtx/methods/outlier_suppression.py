@@ -5,11 +5,11 @@
 
 Two methods, for encoders whose norms stand behind the residual sums:
 
-os    Wei et al. 2022, "Outlier suppression". The gain of a LayerNorm amplifies the outliers of a few channels, so it migrates into
-      what reads the norm (section 4.1); then ranges leave out the tokens with the largest values, as many as is best for the
-      logits (token-wise clipping, 4.2), and scales and zero points learn (LSQ+).
-os+   Wei et al. 2023, "Outlier suppression+". Every channel of a norm's output is shifted to the middle of its range and, where it
-      is wider than a threshold, scaled down to it (sections 3.1, 3.2); the threshold is searched for each norm.
+os    Wei et al. 2022, "Outlier suppression". The gain of a LayerNorm amplifies the outliers of a few channels, so it migrates
+      into what reads the norm (gamma migration); then ranges leave out the tokens with the largest values, as many as is
+      best for the logits (token-wise clipping), and scales and zero points learn (LSQ+).
+os+   Wei et al. 2023, "Outlier suppression+". Every channel of a norm's output is shifted to the middle of its range and,
+      where it is wider than a threshold, scaled down to it; the threshold is searched for each norm.
 
 Both are one transformation, `migrate`. With a scale `s` and a shift `z` for each channel of a norm's output `x`:
 
@@ -88,7 +88,9 @@ class OutlierSuppression:
         if self.method not in get_args(Method):
             raise UserError(f"unknown outlier suppression {self.method!r}{near_misses(self.method, get_args(Method))}")
         if self.bits not in CLIPPED:
-            raise UserError(f"outlier suppression has settings for 8, 6 and 4 bits, not {self.bits}; choose one of them")
+            raise UserError(
+                f"outlier suppression has settings for 8, 6 and 4 bits, not {self.bits}; choose one of them"
+            )
         if self.learning_rate < 0 or self.epochs < 0:
             raise UserError(
                 f"outlier suppression: learning_rate {self.learning_rate} and epochs {self.epochs} cannot be negative"
@@ -268,7 +270,7 @@ def migrate(
 
 
 def gains(params: Mapping[str, Any], config: BertConfig) -> dict[str, jax.Array]:
-    """Returns the gains of the norms that can migrate, by path: the scales of gamma migration (Wei et al. 2022, section 4.1).
+    """Returns the gains of the norms that can migrate, by path: the scales of gamma migration (Wei et al. 2022).
 
     Gains that are zero, or next to it, count as 1: there is nothing to take out.
     """
@@ -348,7 +350,7 @@ def search_scale(
     ends: tuple[jax.Array, jax.Array],
     tried: jax.Array,
 ) -> jax.Array:
-    """Returns the channel scales whose threshold gives the least error of the output (Wei et al. 2023, section 3.2).
+    """Returns the channel scales whose threshold gives the least error of the output (Wei et al. 2023).
 
     Input and weights are quantized meanwhile, with min-max ranges.
 
@@ -388,7 +390,9 @@ def _reader(model: nn.Module, link: Link, params: Any) -> tuple[Reader, Any]:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _outputs(model: nn.Module, names: tuple[str, ...], params: Any, args: Args) -> tuple[dict[str, jax.Array], jax.Array]:
+def _outputs(
+    model: nn.Module, names: tuple[str, ...], params: Any, args: Args
+) -> tuple[dict[str, jax.Array], jax.Array]:
     """Returns the values of activation sites, and the mask `[B, T]` of the first one, in full precision."""
     _, found = model.apply({"params": params}, *args, mutable=["captures", "masks"])
     return {name: _at(found["captures"], name) for name in names}, _at(found["masks"], names[0])[..., 0]
@@ -454,7 +458,9 @@ def quantiles(bits: int, tokens: int) -> list[float]:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _extremes(model: nn.Module, names: tuple[str, ...], params: Any, args: Args) -> dict[str, tuple[jax.Array, jax.Array]]:
+def _extremes(
+    model: nn.Module, names: tuple[str, ...], params: Any, args: Args
+) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Returns least and greatest element of every token at some sites, in full precision."""
     _, found = model.apply({"params": params}, *args, mutable=["captures", "masks"])
     values, masks = (traverse_util.flatten_dict(found.get(part, {}), sep="/") for part in ("captures", "masks"))
@@ -488,9 +494,15 @@ def logits_error(model: nn.Module, variables: Any, batches: Args, wanted: jax.Ar
 
 
 def clip_tokens(
-    model: nn.Module, params: Any, frozen: Any, sites: Mapping[str, SiteInfo], batches: Args, wanted: jax.Array, bits: int
+    model: nn.Module,
+    params: Any,
+    frozen: Any,
+    sites: Mapping[str, SiteInfo],
+    batches: Args,
+    wanted: jax.Array,
+    bits: int,
 ) -> tuple[float, dict[str, Any], list[float]]:
-    """Finds the token quantile of least error of the logits (Wei et al. 2022, section 4.2, the coarse stage).
+    """Finds the token quantile of least error of the logits (Wei et al. 2022, the coarse stage).
 
     Extremes of tokens are those of the full-precision model; probabilities are not clipped.
 
@@ -528,9 +540,14 @@ def clip_tokens(
 
 
 def learn_ranges(
-    model: nn.Module, frozen: Any, ranges: Mapping[str, Any], batches: Args, wanted: jax.Array, options: OutlierSuppression
+    model: nn.Module,
+    frozen: Any,
+    ranges: Mapping[str, Any],
+    batches: Args,
+    wanted: jax.Array,
+    options: OutlierSuppression,
 ) -> dict[str, Any]:
-    """Trains scales and zero points towards the logits of the float model (the fine stage of section 4.2).
+    """Trains scales and zero points towards the logits of the float model (the fine stage of token-wise clipping).
 
     Args:
       model: its policy has learned ranges.
@@ -636,7 +653,9 @@ def suppress(
                 found = learned
         ranges = _merged(weights, found)
         model = model.clone(policy=suppression_policy(options, config.num_layers, best))
-    table = Table(["ranges", "error"], list(errors.items()), {"error": ".4g"}, "Squared error of the calibration logits")
+    table = Table(
+        ["ranges", "error"], list(errors.items()), {"error": ".4g"}, "Squared error of the calibration logits"
+    )
     return Suppressed(model, new, ranges, table)
 
 

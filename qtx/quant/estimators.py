@@ -81,7 +81,7 @@ def token_extremes(x: jax.Array, where: jax.Array | None = None) -> tuple[jax.Ar
 
 
 def pruned_range(low: jax.Array, high: jax.Array, quantile: jax.Array | float) -> tuple[jax.Array, jax.Array]:
-    """Returns the range, two scalars, of the tokens that a quantile leaves (Wei et al. 2022, section 4.2).
+    """Returns the range, two scalars, of the tokens that a quantile leaves (Wei et al. 2022, "Outlier suppression").
 
     Args:
       low: `[tokens]` from `token_extremes`.

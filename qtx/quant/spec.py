@@ -109,7 +109,7 @@ class MinMax:
       momentum: weight of the old range in the moving average; the first batch sets it outright.
       percentile: `p` replaces minimum and maximum by the p-th and (100-p)-th percentile, linearly interpolated; 0: off.
       ends: which ends the percentile trims; `'lower'` is what the published per-tensor path does.
-      token_quantile: below 1, tokens are pruned (Wei et al. 2022, "Outlier suppression", section 4.2): the upper end is the
+      token_quantile: below 1, tokens are pruned (Wei et al. 2022, "Outlier suppression"): the upper end is the
         greatest of the tokens' maxima that is not above this quantile of their magnitudes, the lower end likewise. One
         range for the tensor; a token is a vector along the last axis.
       deviations: the ends are mean -+ so many standard deviations (3 in LSQ+, Bhalgat et al. 2020); 0: off.

@@ -171,7 +171,9 @@ def test_clipped_tokens_lower_the_error_and_steps_learn():
     assert clipped < plain
     learned = os.suppress(model, params, batches, os.OutlierSuppression("os", 6, learning_rate=3e-4, epochs=30))
     assert learned.table.rows[-1][1] < learned.table.rows[1][1]
-    specs = [found.model.policy.spec("activation", f"encoder/layer_0/attention/{name}") for name in ("context", "probs")]
+    specs = [
+        found.model.policy.spec("activation", f"encoder/layer_0/attention/{name}") for name in ("context", "probs")
+    ]
     assert specs[0].estimator.token_quantile < 1 == specs[1].estimator.token_quantile
     assert specs[0].range == "learned" and specs[0].range_gradient == "lsq"
 
