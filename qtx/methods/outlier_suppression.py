@@ -328,7 +328,7 @@ class Reader:
         """Returns the output for `[B, T, D]` and a bool mask `[B, T]`."""
         module = self.module.clone(policy=policy)
         if not self.layers:
-            return module.apply({"params": params}, x, mask[..., None])
+            return module.apply({"params": params}, x, mask[..., None])  # type: ignore[return-value]
         _, found = module.apply({"params": params}, x, mask, mask[..., None], True, mutable=["captures"])
         return found["captures"]["context"]
 

@@ -273,8 +273,11 @@ def _sampled(x: jax.Array, weight: jax.Array | None, count: int) -> tuple[jax.Ar
     while math.gcd(step, length) > 1:
         step += 1
     places = np.arange(count) * step % length
-    x, weight = (None if v is None else v.reshape(v.shape[0], length)[:, places] for v in (x, weight))
-    return x, weight
+
+    def taken(v: jax.Array) -> jax.Array:
+        return v.reshape(v.shape[0], length)[:, places]
+
+    return taken(x), None if weight is None else taken(weight)
 
 
 # Sites of one shape share what is traced and lowered.
