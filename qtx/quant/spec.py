@@ -109,22 +109,22 @@ class MinMax:
       momentum: weight of the old range in the moving average; the first batch sets it outright.
       percentile: `p` replaces minimum and maximum by the p-th and (100-p)-th percentile, linearly interpolated; 0: off.
       ends: which ends the percentile trims; `'lower'` is what the published per-tensor path does.
+      from_zero: the lower end is 0, whatever the data (outputs of a ReLU).
+      padding: whether positions outside the attention mask count.
       token_quantile: below 1, tokens are pruned (Wei et al. 2022, "Outlier suppression"): the upper end is the
         greatest of the tokens' maxima that is not above this quantile of their magnitudes, the lower end likewise. One
         range for the tensor; a token is a vector along the last axis.
       deviations: the ends are mean -+ so many standard deviations (3 in LSQ+, Bhalgat et al. 2020); 0: off.
-      from_zero: the lower end is 0, whatever the data (outputs of a ReLU).
-      padding: whether positions outside the attention mask count.
     """
 
     over: Literal["current", "all", "mean", "running", "restarting"] = "current"
     momentum: float = 0.9
     percentile: float = 0.0
     ends: Literal["both", "lower"] = "both"
-    token_quantile: float = 1.0
-    deviations: float = 0.0
     from_zero: bool = False
     padding: Literal["ignore", "include"] = "ignore"
+    token_quantile: float = 1.0
+    deviations: float = 0.0
 
     def __post_init__(self):
         _choice("min-max estimator", self.over, ("current", "all", "mean", "running", "restarting"))
@@ -159,10 +159,10 @@ class Search:
       margin: added to the extent; absolute as published, or a fraction of it with `relative_margin`.
       relative_margin: the margin is a fraction of the largest magnitude, so small tensors get a fine grid too.
       extent: every row (channel, group) has its own extent, or all share the tensor's (as published).
+      padding: whether positions outside the attention mask count.
       over: of Brent's method: `'current'` (the last batch wins) or `'mean'` (of the ranges of all batches, each with an extent
         of its own).
       sample: look at so many elements of a row at most, spread evenly (the extent is that of all); 0: at all of them.
-      padding: whether positions outside the attention mask count.
     """
 
     loss: Literal["mse", "cross_entropy"] = "mse"
@@ -171,9 +171,9 @@ class Search:
     margin: float = 0.5
     relative_margin: bool = False
     extent: Literal["row", "tensor"] = "row"
+    padding: Literal["ignore", "include"] = "ignore"
     over: Literal["current", "mean"] = "current"
     sample: int = 0
-    padding: Literal["ignore", "include"] = "ignore"
 
     def __post_init__(self):
         _choice("search loss", self.loss, ("mse", "cross_entropy"))
