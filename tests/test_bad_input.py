@@ -26,10 +26,11 @@ from qtx.experiments import run
 from qtx.experiments.analyze import analyze
 from qtx.experiments.augment import augment
 from qtx.experiments.compare import compare
-from qtx.experiments.config import analysis, base, changed, policy_from, quantization, sweeping
+from qtx.experiments.config import analysis, base, changed, policy_from, quantization, suppression_from, sweeping
 from qtx.experiments.graph import build as build_graph
 from qtx.experiments.plan import parse_axis, parse_range, parse_seeds
 from qtx.experiments.sweep import sweep
+from qtx.methods import outlier_suppression
 from qtx.methods.calibrate import calibrate
 from qtx.methods.distillation import Teacher, distillation_phase
 from qtx.methods.teacher_intervention import Interventions, check_interventions, intervention_phase, two_steps
@@ -548,6 +549,45 @@ def test_nan_in_calibration_names_the_site(tiny_checkpoint):
     assert "classifier/output" in text and "NaN" in text
     broken = dict(loaded.params, classifier={"kernel": jnp.full((16, 2), jnp.nan), "bias": jnp.zeros(2)})
     assert "classifier/kernel" in message(calibrate, model, broken, [(ids, ids, ids)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(outlier_suppression="os++"), ("'os++'", "'os+'")),
+        (dict(outlier_suppression="os", activation_bits=5), ("8, 6 and 4 bits", "not 5")),
+        (dict(outlier_suppression="os", weight_bits=4), ("quant.weight_bits to 8", "not 4")),
+        (dict(outlier_suppression="os", overrides="x=16"), ("quant.overrides",)),
+        (dict(outlier_suppression="os", adaround=True), ("quant.adaround",)),
+        (dict(activation_options={"token_quantile": 0.0}), ("token_quantile 0.0",)),
+        (dict(activation_options={"deviations": -1.0}), ("deviations -1.0",)),
+        (dict(activation_options={"deviations": 3.0, "percentile": 1.0}), ("set one of them",)),
+        (dict(weight_granularity="channel", weight_options={"token_quantile": 0.9}), ("per_tensor()",)),
+        (dict(activation_estimator="mse", activation_options={"over": "mean"}), ("'brent'",)),
+        (dict(activation_estimator="cross_entropy", activation_options={"sample": 9}), ("sample=9",)),
+    ],
+)
+def test_outlier_suppression_and_its_estimators(fields, words):
+    section = quantization()
+    section.update(fields)
+    text = message(policy_from, section, 2)
+    assert all(word in text for word in words)
+
+
+def test_learning_that_goes_backwards(tiny_config):
+    tiny_config.quant.outlier_suppression = "os"
+    tiny_config.outlier_suppression.epochs = -1
+    assert "epochs -1" in message(suppression_from, tiny_config.quant, tiny_config.outlier_suppression)
+
+
+def test_norms_that_cannot_migrate():
+    family = models.get_family("mobilebert")
+    text = message(outlier_suppression.links, family.config_from_hf({}))
+    assert "MobileBert" in text and "os+_as_published" in text
+    model = BertClassifier(tiny.CONFIG)
+    assert "calibration batches" in message(
+        outlier_suppression.suppress, model, {}, [], outlier_suppression.OutlierSuppression()
+    )
 
 
 def test_quantizing_a_model_without_a_trained_head(tiny_config, checkpoint, tmp_path):

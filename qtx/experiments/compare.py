@@ -20,11 +20,18 @@ from rich.console import Console
 from qtx import data
 from qtx.errors import UserError
 from qtx.experiments.classification import Classification, load_dataset
-from qtx.experiments.config import changed, policy_from, rounding_from
+from qtx.experiments.config import changed, policy_from, rounding_from, suppression_from
 from qtx.experiments.experiment import VALIDATION, family_and_sizes
-from qtx.experiments.run import check_quantization, post_training_quantization, save_quantized, train
+from qtx.experiments.run import (
+    check_quantization,
+    check_suppression,
+    post_training_quantization,
+    save_quantized,
+    train,
+)
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound
+from qtx.methods.outlier_suppression import OutlierSuppression
 from qtx.quant.policy import Policy
 from qtx.train import metrics
 from qtx.train.report import Table, plot_accuracy_against_size, save_config
@@ -116,17 +123,19 @@ def compare(config: ConfigDict, workdir: str | Path) -> list[Row]:
     console = Console(stderr=True)
     sections = row_sections(config)
     num_layers = family_and_sizes(config.model)[1].num_layers
-    methods: dict[str, tuple[Policy, AdaRound | None]] = {}
+    methods: dict[str, tuple[Policy, AdaRound | None, OutlierSuppression | None]] = {}
     for name, section in sections.items():
         policy = policy_from(section, num_layers)
         if policy is None:
             raise UserError(f"row {name!r} keeps everything in full precision; change its bits")
-        methods[name] = policy, rounding_from(section, config.adaround)
+        suppression = suppression_from(section, config.outlier_suppression)
+        methods[name] = policy, rounding_from(section, config.adaround), suppression
 
     clock = time.perf_counter()
     experiment = Classification.make(config)
-    for policy, rounding in methods.values():
+    for policy, rounding, suppression in methods.values():
         check_quantization(policy, rounding, experiment.sites())
+        check_suppression(suppression, experiment.pretrained.config)
     trained = train(experiment, workdir)
     full = trained["metrics"][config.recipe[-1]]["score"]
     params = trained["params"]
@@ -136,11 +145,11 @@ def compare(config: ConfigDict, workdir: str | Path) -> list[Row]:
     rows.append(Row("full precision", "32", "32", full, 0.0, size, full_seconds))
 
     batches = experiment.calibration_batches()
-    for name, (policy, rounding) in methods.items():
+    for name, (policy, rounding, suppression) in methods.items():
         clock = time.perf_counter()
-        quantized = post_training_quantization(experiment, params, policy, batches, rounding)
+        quantized = post_training_quantization(experiment, params, policy, batches, rounding, suppression)
         score = experiment.evaluate(quantized.model, quantized.variables, VALIDATION)["score"]
-        family, sizes = experiment.pretrained.family, experiment.pretrained.config
+        family, sizes, policy = experiment.pretrained.family, quantized.config, quantized.policy
         directory = workdir / "quantized" / re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
         kept = experiment.tokenizer, experiment.labels
         size = save_quantized(directory, family, sizes, policy, quantized.params, quantized.ranges, *kept)

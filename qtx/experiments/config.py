@@ -21,6 +21,7 @@ from qtx.methods.adaround import AdaRound
 from qtx.methods.agnews_study import input_policy
 from qtx.methods.bit_transformer import bit_policy
 from qtx.methods.efficient_quantization import Value, policy_of, with_value
+from qtx.methods.outlier_suppression import OutlierSuppression, suppression_policy
 from qtx.methods.patterns import pattern_policy
 from qtx.methods.teacher_intervention import CLIP, student_policy
 from qtx.nn.aliases import policy as make_policy
@@ -130,6 +131,12 @@ def base() -> ConfigDict:
                 "permutation": "full_precision",  # or 'published'
             },
             "adaround": dataclasses.asdict(AdaRound()) | {"examples": 1024},  # used where `quant.adaround` is on
+            # Used where `quant.outlier_suppression` is on.
+            "outlier_suppression": {
+                field: value
+                for field, value in dataclasses.asdict(OutlierSuppression()).items()
+                if field not in ("method", "bits")
+            },
             "evaluate_test": False,  # evaluations while training look at the test split, too; it never decides anything
             "checkpoint_every": 500,  # steps; 0: only after each phase
             "log_every": 20,
@@ -270,6 +277,9 @@ def quantization() -> ConfigDict:
             "adaround": False,  # learned rounding of the weights of linear layers, see the section `adaround`
             "evaluation_rounding": "nearest",  # of weights that training rounds at random; 'drawn': once, with the seed
             "published_evaluation": False,  # of two studies: drawn in every call, no biases in quantized layers
+            # 'os', 'os+' or 'os+_as_published' of qtx.methods.outlier_suppression: says all but the bits, 8, 6 or 4, those of
+            # activations and weights. Post-training quantization; of a phase it is the policy alone, for models that migrated.
+            "outlier_suppression": "",
             "weight_overrides": "",  # by short name or pattern: such as 'FFN=4, **/position/table=8, wC=fp32'
         }
     )
@@ -449,6 +459,9 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
     """
     if section.bit.states:
         return _bit_policy(section)
+    suppression = _suppression(section)
+    if suppression is not None:
+        return suppression_policy(suppression, num_layers)
     weights, activations = _weight_spec(section), _activation_spec(section)
     granularity = _granularity(section.activation_granularity)
     everywhere = None if granularity == per_tensor() else granularity
@@ -576,6 +589,29 @@ def rounding_from(quant: ConfigDict, adaround: ConfigDict) -> AdaRound | None:
     fields = adaround.to_dict()
     fields.pop("examples")
     return AdaRound(**fields | {name: tuple(fields[name]) for name in ("layers", "annealing")})
+
+
+def suppression_from(quant: ConfigDict, section: ConfigDict) -> OutlierSuppression | None:
+    """Reads the section `outlier_suppression` if `quant` asks for it, else None; raises a `UserError` on what does not fit."""
+    found = _suppression(quant)
+    return None if found is None else dataclasses.replace(found, **section.to_dict())
+
+
+def _suppression(quant: ConfigDict) -> OutlierSuppression | None:
+    if not quant.outlier_suppression:
+        return None
+    given = quant.to_dict()
+    for name, value in quantization().to_dict().items():
+        if name not in ("outlier_suppression", "weight_bits", "activation_bits") and given[name] != value:
+            raise UserError(
+                f"quant.outlier_suppression says how everything is quantized: leave quant.{name} at {value!r}"
+            )
+    if quant.weight_bits not in (None, quant.activation_bits):
+        raise UserError(
+            f"outlier suppression has one number of bits: set quant.weight_bits to {quant.activation_bits}, as "
+            f"quant.activation_bits, not {quant.weight_bits}"
+        )
+    return OutlierSuppression(quant.outlier_suppression, quant.activation_bits)
 
 
 def evaluation_from(

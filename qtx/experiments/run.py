@@ -19,7 +19,14 @@ import jax
 from ml_collections import ConfigDict
 
 from qtx.errors import UserError
-from qtx.experiments.config import evaluation_from, optimizer_from, phases_of, policy_from, rounding_from
+from qtx.experiments.config import (
+    evaluation_from,
+    optimizer_from,
+    phases_of,
+    policy_from,
+    rounding_from,
+    suppression_from,
+)
 from qtx.experiments.experiment import VALIDATION, Experiment
 from qtx.experiments.setup import setup
 from qtx.experiments.teaching import remaining_steps, taught
@@ -27,6 +34,7 @@ from qtx.export.packed import save_quantized
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound, adaround, layers_to_round
 from qtx.methods.calibrate import calibrate, with_frozen_weights
+from qtx.methods.outlier_suppression import OutlierSuppression, links, suppress
 from qtx.methods.qat import qat_phase
 from qtx.nn.describe import describe
 from qtx.nn.sites import SiteInfo, check_policy
@@ -176,22 +184,29 @@ class Quantized:
     Attributes:
       model: module to run: its policy covers the activations.
       variables: `params` with the weights on their grids, and `ranges`.
+      config: its sizes; those of the float model, unless norms migrated.
       policy: the whole policy.
-      params: the float parameters, rounded by AdaRound if that is on.
+      params: the float parameters, rounded by AdaRound if that is on, migrated by outlier suppression.
       ranges: of weights and activations.
-      rounding: what AdaRound did, or None.
+      tables: what AdaRound or outlier suppression did, by name.
     """
 
     model: nn.Module
     variables: dict[str, Any]
+    config: models.ModelConfig
     policy: Policy
     params: Any
     ranges: dict[str, Any]
-    rounding: Table | None
+    tables: dict[str, Table]
 
 
 def post_training_quantization(
-    experiment: Experiment, params: Any, policy: Policy, batches, rounding: AdaRound | None = None
+    experiment: Experiment,
+    params: Any,
+    policy: Policy,
+    batches,
+    rounding: AdaRound | None = None,
+    suppression: OutlierSuppression | None = None,
 ) -> Quantized:
     """Calibrates a trained model and puts its weights on their grids once and for all.
 
@@ -201,8 +216,17 @@ def post_training_quantization(
       policy: what is quantized, and how.
       batches: argument tuples for calibration.
       rounding: how the weights are rounded before activations are calibrated; None: to nearest.
+      suppression: how outliers are moved out of the activations first, with a policy of its own; None: they stay.
     """
-    sites = experiment.sites()
+    sites, config = experiment.sites(), experiment.pretrained.config
+    tables: dict[str, Table] = {}
+    if suppression is not None:
+        found = suppress(experiment.model, params, batches, suppression)
+        runnable, frozen = with_frozen_weights(found.model, sites, found.params, found.ranges)
+        config, policy = found.model.config, found.model.policy  # type: ignore[attr-defined]
+        tables["suppression"] = found.table
+        variables = {"params": frozen, "ranges": found.ranges}
+        return Quantized(runnable, variables, config, policy, found.params, found.ranges, tables)
     model = experiment.model.clone(policy=policy)
     rounded = None if rounding is None else adaround(model, params, experiment.rounding_batches(), rounding)
     weights = None
@@ -210,8 +234,9 @@ def post_training_quantization(
         params, weights = rounded.params, rounded.ranges
     ranges = calibrate(model, params, batches, weights=weights, **calibration_options(experiment.config))
     runnable, frozen = with_frozen_weights(model, sites, params, ranges)
-    table = None if rounded is None else rounded.table()
-    return Quantized(runnable, {"params": frozen, "ranges": ranges}, policy, params, ranges, table)
+    if rounded is not None:
+        tables["rounding"] = rounded.table()
+    return Quantized(runnable, {"params": frozen, "ranges": ranges}, config, policy, params, ranges, tables)
 
 
 def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -219,7 +244,8 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
     Args:
       config: `model.name` is the trained checkpoint; `quant` and `calibration` say how.
-      workdir: receives `quantized/` (the packed artifact, unless `save_models` is off), `sites.txt` and the report.
+      workdir: receives `quantized/` (the packed artifact) and, after outlier suppression, `model/` (the float model whose
+        outliers moved), unless `save_models` is off; `sites.txt` and the report.
 
     Returns:
       `{'full_precision', 'quantized', 'weight_bytes'}`.
@@ -231,21 +257,24 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     experiment = setup(config)
     policy = policy_to_apply(experiment)
     rounding = rounding_from(config.quant, config.adaround)
+    suppression = suppression_from(config.quant, config.outlier_suppression)
     batches = experiment.calibration_batches()
     save_config(config, workdir)
     params = experiment.pretrained.params
     before = experiment.evaluate(experiment.model, {"params": params})
-    quantized = post_training_quantization(experiment, params, policy, batches, rounding)
+    quantized = post_training_quantization(experiment, params, policy, batches, rounding, suppression)
     after = experiment.evaluate(quantized.model, quantized.variables)
-    family, sizes = experiment.pretrained.family, experiment.pretrained.config
+    family, sizes, policy = experiment.pretrained.family, quantized.config, quantized.policy
     directory = workdir / "quantized"
     kept = experiment.tokenizer, experiment.labels
     size = save_quantized(directory, family, sizes, policy, quantized.params, quantized.ranges, *kept)
     if not config.save_models:
         shutil.rmtree(directory)  # written to be counted
-    if quantized.rounding is not None:
-        quantized.rounding.print()
-        quantized.rounding.save(workdir, "rounding")
+    elif suppression is not None:
+        models.save(workdir / "model", family, sizes, quantized.params, experiment.tokenizer)
+    for name, table in quantized.tables.items():
+        table.print()
+        table.save(workdir, name)
     listing = describe(experiment.model.clone(policy=policy), {"params": params}, *batches[0])
     write_text(workdir / "sites.txt", f"{listing}\n")
     full = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -289,7 +318,14 @@ def policy_to_apply(experiment: Experiment) -> Policy:
         raise UserError("`quant` keeps everything in full precision; set weight_bits or activation_bits below 32")
     rounding = rounding_from(config.quant, config.adaround)
     check_quantization(policy, rounding, experiment.sites())
+    check_suppression(suppression_from(config.quant, config.outlier_suppression), experiment.pretrained.config)
     return policy
+
+
+def check_suppression(suppression: OutlierSuppression | None, sizes: models.ModelConfig) -> None:
+    """Raises a `UserError` if the norms of a model are to migrate and cannot."""
+    if suppression is not None and suppression.migrates:
+        links(sizes)
 
 
 def check_quantization(policy: Policy, rounding: AdaRound | None, sites: Mapping[str, SiteInfo]) -> None:

@@ -27,10 +27,10 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from qtx.errors import UserError
-from qtx.experiments.config import phases_of, policy_from, rounding_from, sweeping
+from qtx.experiments.config import phases_of, policy_from, rounding_from, suppression_from, sweeping
 from qtx.experiments.experiment import family_and_sizes
 from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
-from qtx.experiments.run import check_quantization
+from qtx.experiments.run import check_quantization, check_suppression
 from qtx.experiments.setup import sites_of
 from qtx.experiments.study import Attempt, Claim, Ledger, TakenOver, without_password
 from qtx.experiments.sweep_plots import plot_sweep
@@ -175,6 +175,8 @@ def check_models(trials: Sequence[Trial]) -> None:
                 )
             rounding = rounding_from(config.quant, config.adaround) if entry == "quantize" else None
             check_quantization(policy, rounding, sites_of(config, family, sizes))
+            if entry == "quantize":
+                check_suppression(suppression_from(config.quant, config.outlier_suppression), sizes)
         except UserError as error:
             raise UserError(f"{group}: {error}" if group else str(error)) from None
 

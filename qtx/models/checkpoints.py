@@ -166,7 +166,7 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
 def parameter_name(family: Family, config: ModelConfig, name: str) -> str | None:
     """Returns the qtx path of a tensor by its name in a checkpoint, with the family's prefix or without; None: it has none."""
     stem, _, leaf = name.rpartition(".")
-    modules, expected = family.modules(config), _shapes(family, config)
+    modules, expected = family.names(config), _shapes(family, config)
     whole = modules.get(name) or modules.get(family.prefix + name)
     if whole in expected:
         return whole
@@ -426,7 +426,7 @@ def keep_layers(pretrained: Pretrained, layers: Sequence[int]) -> Pretrained:
 
 def to_hf_tensors(family: Family, config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns the parameters under their Hugging Face names and in their layouts."""
-    back = {path: theirs for theirs, path in family.modules(config).items()}
+    back = {path: theirs for theirs, path in family.names(config).items()}
     leaves = {"kernel": "weight", "table": "weight", "scale": "weight", "bias": "bias"}
     tensors = {}
     for path, value in traverse_util.flatten_dict(params, sep="/").items():

@@ -56,6 +56,19 @@ class Family:
     value_from_hf: Callable[[str, np.ndarray], np.ndarray] = transposed
     value_to_hf: Callable[[Any, str, np.ndarray], np.ndarray] = lambda config, path, value: transposed(path, value)
 
+    def names(self, config: Any) -> dict[str, str]:
+        """Returns the module names of a checkpoint with their qtx paths: `modules`, and what only qtx's own checkpoints hold.
+
+        A scaled residual branch (`BertConfig.shortcuts`) is named after the norm that follows it.
+        """
+        found = dict(self.modules(config))
+        if getattr(config, "shortcuts", False):
+            for theirs, path in list(found.items()):
+                block = path.removesuffix("/norm")
+                if block != path and block.rpartition("/")[2] in ("attention", "ffn"):
+                    found[f"{theirs}.shortcut"] = f"{block}/shortcut"
+        return found
+
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of what a model is called with."""

@@ -15,6 +15,9 @@ letters of Bondarenko et al. 2021 (13 L + 5 activations, 8 L + 6 weights):
     pooler/dense/{kernel,output} (P)           after tanh; not with `pooler=False`
     classifier/{kernel,output} (C)
 
+With `BertConfig.shortcuts` the residual branches have parameters `attention/shortcut/{scale,bias}` and `ffn/shortcut/...`,
+which are never quantized; the plain model has none.
+
 Linear layers have an `input` site as well, for methods that quantize what enters a product, or cut its gradient.
 
 Other families of post-LN encoders (`qtx.nn.roberta` and so on) are these parts with one or two of them replaced.
@@ -30,7 +33,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qtx.nn.layers import Dense, Embed, LayerNorm, dropout
+from qtx.nn.layers import Dense, Embed, LayerNorm, Shortcut, dropout
 from qtx.nn.sites import site
 from qtx.quant.policy import Policy
 from qtx.quant.ste import clip_ste
@@ -57,6 +60,8 @@ class BertConfig:
       pooling: what the head sees: `'cls'` (first token) or `'mean'` (mean of the tokens).
       pooler: whether a dense layer with tanh, and dropout, stand before the classifier; without them it sees what was pooled
         as it is.
+      shortcuts: residual branches have a scale and a shift for each channel, which undo what was taken out of the norm before
+        them (`qtx.methods.outlier_suppression`). Hidden states are scaled and shifted, too, the last one excepted.
       logit_range: the logits are clamped to this range (regression of published quantized models: 0 to 5), or None.
     """
 
@@ -78,6 +83,7 @@ class BertConfig:
     pooler: bool = True
     logit_range: tuple[float, float] | None = None
     classifier_dropout: float | None = None
+    shortcuts: bool = False
 
     @property
     def embedding_width(self) -> int:
@@ -125,6 +131,10 @@ class Block(nn.Module):
 
     def norm(self) -> nn.Module:
         return LayerNorm(self.config.layer_norm_eps, self.dtype, self.policy, name="norm")
+
+    def shortcut(self, x: jax.Array) -> jax.Array:
+        """Returns what a residual sum takes of the input `[B, T, D]` of its block."""
+        return Shortcut(self.dtype, name="shortcut")(x) if self.config.shortcuts else x
 
     def part(self, kind: type[Part], name: str, **fields: Any) -> Part:
         return kind(self.config, self.dtype, self.policy, name=name, **fields)
@@ -234,7 +244,7 @@ class Attention(Block):
         query, key, value = (self.dense(x.shape[-1], name)(x, where) for name in ("query", "key", "value"))
         context = attend(self, query, key, value, mask, where, deterministic)
         y = self.dropout(self.dense(x.shape[-1], "out")(context, where), deterministic)
-        return self.norm()(site(self, "residual", y + x, where=where), where)
+        return self.norm()(site(self, "residual", y + self.shortcut(x), where=where), where)
 
 
 class FeedForward(Block):
@@ -246,7 +256,7 @@ class FeedForward(Block):
         c = self.config
         y = self.dense(c.intermediate_size, "up", ACTIVATIONS[c.hidden_act])(x, where)
         y = self.dropout(self.dense(x.shape[-1], "down")(y, where), deterministic)
-        return self.norm()(site(self, "residual", y + x, where=where), where)
+        return self.norm()(site(self, "residual", y + self.shortcut(x), where=where), where)
 
 
 class Layer(Block):

@@ -185,6 +185,23 @@ class LayerNorm(nn.Module):
         return centred * jax.lax.rsqrt(variance + self.epsilon)
 
 
+class Shortcut(nn.Module):
+    """`x scale + bias`, channel by channel: a residual branch whose input is scaled and shifted. No sites.
+
+    Attributes:
+      dtype: of the arithmetic.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[..., D]` to `[..., D]`."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        return x * scale.astype(self.dtype) + bias.astype(self.dtype)
+
+
 class DeviationNorm(LayerNorm):
     """Layer normalisation that divides by the unbiased standard deviation (divisor D - 1) plus epsilon. Sites as `LayerNorm`.
 

@@ -20,10 +20,11 @@ from qtx.quant.spec import MinMax, Spec
 
 
 class MinMaxState(NamedTuple):
-    """`[rows]` lower and upper ends so far."""
+    """`[rows]` lower and upper ends so far, and the number of batches, a float32 scalar."""
 
     low: jax.Array
     high: jax.Array
+    batches: jax.Array
 
 
 State = MinMaxState | search.SearchState
@@ -31,6 +32,16 @@ State = MinMaxState | search.SearchState
 
 def _extremes(how: MinMax, x: jax.Array, weight: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     axes = tuple(range(1, x.ndim))
+    if how.token_quantile < 1:
+        low, high = token_extremes(x[0], None if weight is None else weight[0] > 0)
+        low, high = pruned_range(low, high, how.token_quantile)
+        return low[None], high[None]
+    if how.deviations:
+        counts = None if weight is None else weight > 0
+        mean = jnp.mean(x, axes, where=counts)
+        spread = how.deviations * jnp.std(x, axes, ddof=1, where=counts)
+        empty = False if counts is None else ~jnp.any(counts, axes)
+        return jnp.where(empty, 0.0, mean - spread), jnp.where(empty, 0.0, mean + spread)
     if how.percentile:
         flat = x.reshape(x.shape[0], -1)
         if weight is not None:
@@ -51,6 +62,38 @@ def _extremes(how: MinMax, x: jax.Array, weight: jax.Array | None) -> tuple[jax.
     high = jnp.max(x, axes, where=counts, initial=-jnp.inf)
     empty = low > high
     return jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
+
+
+def token_extremes(x: jax.Array, where: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Returns the least and greatest element of every token, each `[tokens]`; NaN for tokens that do not count.
+
+    Args:
+      x: `[..., D]`: a token is a vector along the last axis.
+      where: bool, broadcastable to `x`: elements that count.
+    """
+    if where is None:
+        return jnp.min(x, -1).ravel(), jnp.max(x, -1).ravel()
+    where = jnp.broadcast_to(where, x.shape)
+    low = jnp.min(x, -1, where=where, initial=jnp.inf)
+    high = jnp.max(x, -1, where=where, initial=-jnp.inf)
+    empty = ~jnp.any(where, -1)
+    return jnp.where(empty, jnp.nan, low).ravel(), jnp.where(empty, jnp.nan, high).ravel()
+
+
+def pruned_range(low: jax.Array, high: jax.Array, quantile: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+    """Returns the range, two scalars, of the tokens that a quantile leaves (Wei et al. 2022, "Outlier suppression").
+
+    Args:
+      low: `[tokens]` from `token_extremes`.
+      high: likewise.
+      quantile: in (0, 1]; may be traced.
+    """
+    upper, lower = jnp.nanquantile(jnp.abs(high), quantile), -jnp.nanquantile(jnp.abs(low), quantile)
+    # Quantiles are interpolated, and the extremes of tokens that lie on them are to stay.
+    slack = 4 * jnp.finfo(high.dtype).eps
+    top = jnp.max(high, where=high <= upper + slack * jnp.abs(upper), initial=-jnp.inf)
+    bottom = jnp.min(low, where=low >= lower - slack * jnp.abs(lower), initial=jnp.inf)
+    return jnp.where(jnp.isfinite(bottom), bottom, 0.0), jnp.where(jnp.isfinite(top), top, 0.0)
 
 
 def observe(
@@ -80,19 +123,25 @@ def observe(
     how = spec.estimator
     if not isinstance(how, MinMax):
         assert state is None or isinstance(state, search.SearchState)
-        return search.search(spec, search.start(spec, x, weight) if state is None else state, x, weight)
+        if state is None or how.over == "mean":
+            found = search.search(spec, search.start(spec, x, weight), x, weight)
+            return found if state is None else search.averaged(state, found)
+        return search.search(spec, state, x, weight)
     low, high = _extremes(how, x, weight)
     if how.from_zero:
         low = jnp.zeros_like(low)
-    if state is None or how.over == "current":
-        return MinMaxState(low, high)
+    if state is None:
+        return MinMaxState(low, high, jnp.float32(1))
+    batches = state.batches + 1
+    if how.over == "current":
+        return MinMaxState(low, high, batches)
     if how.over == "all":
-        return MinMaxState(jnp.minimum(state.low, low), jnp.maximum(state.high, high))
-    keep = how.momentum
-    mean = MinMaxState((1 - keep) * low + keep * state.low, (1 - keep) * high + keep * state.high)
+        return MinMaxState(jnp.minimum(state.low, low), jnp.maximum(state.high, high), batches)
+    keep = 1 - 1 / batches if how.over == "mean" else how.momentum
+    mean = MinMaxState((1 - keep) * low + keep * state.low, (1 - keep) * high + keep * state.high, batches)
     if how.over == "restarting":
         restart = state.low * state.high == 0
-        return MinMaxState(jnp.where(restart, low, mean.low), jnp.where(restart, high, mean.high))
+        return MinMaxState(jnp.where(restart, low, mean.low), jnp.where(restart, high, mean.high), batches)
     return mean
 
 

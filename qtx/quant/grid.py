@@ -5,6 +5,7 @@ Notation: `b` bits, scale `s`, zero point `z`, `[.]` rounds half to even.
     asymmetric    q in [0, 2^b - 1]             x_q = s (clip([x/s] + [z], 0, 2^b - 1) - [z])
     symmetric     q in [-2^(b-1), 2^(b-1) - 1]  x_q = s clip([x/s], q_min, q_max)
     one-sided     q in [0, 2^b - 1]             when a symmetric range has no negative part
+    full          q in [-2^(b-1), 2^(b-1) - 1], one-sided or not, and s = 2 max|x| / (2^b - 1)
     narrow        q in [1 - 2^(b-1), 2^(b-1) - 1], otherwise as symmetric, one-sided or not
     offset        q in [0, 2^b - 1]             x_q = s [(clip(x, low, high) - low)/s] + low
     shifted       as published in the AG_NEWS study: s trunc(clip(x, low, high)/s) + low, all gradient passes
@@ -33,7 +34,7 @@ class QParams(NamedTuple):
     Attributes:
       scale: `[rows]` or a scalar; in the spec's scale domain, before the floor.
       zero_point: like `scale`; a real number, rounded when it is read. Zeros for symmetric grids.
-      signed: scalar bool; symmetric grids only: one decision for all rows (narrow ones always are).
+      signed: scalar bool; symmetric grids only: one decision for all rows (narrow and full ones always are).
       group: `[d]` int32, the group of each channel, or None; permuted groups only.
     """
 
@@ -101,8 +102,8 @@ def qparams(spec: Spec, low: jax.Array, high: jax.Array, group: jax.Array | None
     if spec.scheme == "asymmetric":
         step = divide(high - low, float(2**spec.bits - 1))
         return QParams(to_domain(spec, step), divide(-low, step), jnp.asarray(False), group)
-    signed = jnp.asarray(True) if spec.scheme == "narrow" else jnp.any(low < 0)
-    _, q_max = limits(spec, signed)
+    signed = jnp.asarray(True) if spec.scheme in ("narrow", "full") else jnp.any(low < 0)
+    q_max = 2 ** (spec.bits - 1) - 0.5 if spec.scheme == "full" else limits(spec, signed)[1]
     step = divide(jnp.maximum(jnp.abs(low), high), q_max)
     return QParams(to_domain(spec, step), jnp.zeros_like(step), signed, group)
 

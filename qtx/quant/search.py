@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qtx.quant import grid
 from qtx.quant.exact import divide
@@ -42,6 +43,7 @@ class SearchState(NamedTuple):
       least: `[rows]` minimum of the first batch; the search stays one-sided if none is negative.
       greatest: `[rows]` maximum of the first batch.
       losses: `[rows, candidates]` summed over batches (grid), or `[rows, 1]` the last minimum (Brent).
+      batches: how many there were, a float32 scalar.
     """
 
     low: jax.Array
@@ -49,6 +51,7 @@ class SearchState(NamedTuple):
     least: jax.Array
     greatest: jax.Array
     losses: jax.Array
+    batches: jax.Array
 
     @property
     def one_sided(self) -> jax.Array:
@@ -251,7 +254,30 @@ def start(spec: Spec, x: jax.Array, weight: jax.Array | None) -> SearchState:
     columns = 1
     if how.method == "grid":
         columns = how.candidates * (2 * max_shift(spec) if spec.scheme == "asymmetric" else 1)
-    return SearchState(least, greatest, least, greatest, jnp.zeros((x.shape[0], columns), jnp.float32))
+    return SearchState(least, greatest, least, greatest, jnp.zeros((x.shape[0], columns), jnp.float32), jnp.float32(1))
+
+
+def averaged(state: SearchState, last: SearchState) -> SearchState:
+    """Returns the state of the last batch with the mean of the ranges that were found on it and on those before."""
+    batches = state.batches + 1
+    ends = {end: getattr(state, end) + (getattr(last, end) - getattr(state, end)) / batches for end in ("low", "high")}
+    return last._replace(**ends, batches=batches)
+
+
+def _sampled(x: jax.Array, weight: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array | None]:
+    """Returns at most `count` elements of every row, `[rows, count]`; the steps have no factor in common with the length."""
+    length = math.prod(x.shape[1:])
+    if length <= count:
+        return x, weight
+    step = round(length * (5**0.5 - 1) / 2)
+    while math.gcd(step, length) > 1:
+        step += 1
+    places = np.arange(count) * step % length
+
+    def taken(v: jax.Array) -> jax.Array:
+        return v.reshape(v.shape[0], length)[:, places]
+
+    return taken(x), None if weight is None else taken(weight)
 
 
 # Sites of one shape share what is traced and lowered.
@@ -259,7 +285,8 @@ def start(spec: Spec, x: jax.Array, weight: jax.Array | None) -> SearchState:
 def search(spec: Spec, state: SearchState, x: jax.Array, weight: jax.Array | None) -> SearchState:
     """Takes one more batch into account; arguments as in `start`. NaN or infinity in a row makes its range NaN."""
     assert isinstance(spec.estimator, Search)
-    state = (_grid if spec.estimator.method == "grid" else _brent)(spec, state, x, weight)
+    seen = (x, weight) if not spec.estimator.sample else _sampled(x, weight, spec.estimator.sample)
+    state = (_grid if spec.estimator.method == "grid" else _brent)(spec, state, *seen)
     finite = jnp.isfinite(x) if weight is None else jnp.isfinite(x) | (weight <= 0)
     sound = jnp.all(finite, tuple(range(1, x.ndim)))
     return state._replace(low=jnp.where(sound, state.low, jnp.nan), high=jnp.where(sound, state.high, jnp.nan))

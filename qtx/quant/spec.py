@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from qtx.errors import UserError, near_misses
 
-UNIFORM = ("symmetric", "narrow", "asymmetric", "offset", "shifted")
+UNIFORM = ("symmetric", "full", "narrow", "asymmetric", "offset", "shifted")
 CODEBOOKS = {  # least and greatest number of bits
     "ternary": (2, 2),
     "twn": (3, 8),
@@ -105,24 +105,31 @@ class MinMax:
     """Ranges from the extremes of the data.
 
     Attributes:
-      over: `'current'` (the last batch wins), `'all'` (widest so far), `'running'` (moving average) or `'restarting'` (moving
-        average that starts again from the batch while one of its ends is 0, as published in the AG_NEWS study).
+      over: `'current'` (the last batch wins), `'all'` (widest so far), `'mean'` (of all batches), `'running'` (moving average)
+        or `'restarting'` (moving average that starts again from the batch while one of its ends is 0, as published in the
+        AG_NEWS study).
       momentum: weight of the old range in the moving average; the first batch sets it outright.
       percentile: `p` replaces minimum and maximum by the p-th and (100-p)-th percentile, linearly interpolated; 0: off.
       ends: which ends the percentile trims; `'lower'` is what the published per-tensor path does.
       from_zero: the lower end is 0, whatever the data (outputs of a ReLU).
       padding: whether positions outside the attention mask count.
+      token_quantile: below 1, tokens are pruned (Wei et al. 2022, "Outlier suppression"): the upper end is the
+        greatest of the tokens' maxima that is not above this quantile of their magnitudes, the lower end likewise. One
+        range for the tensor; a token is a vector along the last axis.
+      deviations: the ends are mean -+ so many standard deviations (3 in LSQ+, Bhalgat et al. 2020); 0: off.
     """
 
-    over: Literal["current", "all", "running", "restarting"] = "current"
+    over: Literal["current", "all", "mean", "running", "restarting"] = "current"
     momentum: float = 0.9
     percentile: float = 0.0
     ends: Literal["both", "lower"] = "both"
     from_zero: bool = False
     padding: Literal["ignore", "include"] = "ignore"
+    token_quantile: float = 1.0
+    deviations: float = 0.0
 
     def __post_init__(self):
-        _choice("min-max estimator", self.over, ("current", "all", "running", "restarting"))
+        _choice("min-max estimator", self.over, ("current", "all", "mean", "running", "restarting"))
         _choice("percentile ends", self.ends, ("both", "lower"))
         _choice("padding rule", self.padding, ("ignore", "include"))
         if not 0 <= self.momentum < 1:
@@ -131,6 +138,12 @@ class MinMax:
             raise UserError(
                 f"percentile {self.percentile} is outside [0, 50); 0 switches it off, 1 trims 1 % at each end"
             )
+        if not 0 < self.token_quantile <= 1:
+            raise UserError(f"token_quantile {self.token_quantile} is outside (0, 1]; 1 prunes no token")
+        if self.deviations < 0:
+            raise UserError(f"deviations {self.deviations} is negative; 3 is LSQ+'s, 0 switches it off")
+        if (self.percentile > 0) + (self.token_quantile < 1) + (self.deviations > 0) > 1:
+            raise UserError("percentile, token_quantile and deviations each say what the ends are; set one of them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +152,7 @@ class Search:
 
     The extent `S` of the search is the largest magnitude of the first batch plus a margin. A grid tries
     `candidates` ranges up to `S` (times shifts, for the asymmetric scheme on two-sided data) and adds the losses of all
-    batches; Brent's bounded method refines one range on each batch.
+    batches; Brent's bounded method finds one range on each batch.
 
     Attributes:
       loss: `'mse'`, or `'cross_entropy'` of the softmax over the last axis (for logits).
@@ -149,6 +162,9 @@ class Search:
       relative_margin: the margin is a fraction of the largest magnitude, so small tensors get a fine grid too.
       extent: every row (channel, group) has its own extent, or all share the tensor's (as published).
       padding: whether positions outside the attention mask count.
+      over: of Brent's method: `'current'` (the last batch wins) or `'mean'` (of the ranges of all batches, each with an extent
+        of its own).
+      sample: look at so many elements of a row at most, spread evenly (the extent is that of all); 0: at all of them.
     """
 
     loss: Literal["mse", "cross_entropy"] = "mse"
@@ -158,14 +174,21 @@ class Search:
     relative_margin: bool = False
     extent: Literal["row", "tensor"] = "row"
     padding: Literal["ignore", "include"] = "ignore"
+    over: Literal["current", "mean"] = "current"
+    sample: int = 0
 
     def __post_init__(self):
         _choice("search loss", self.loss, ("mse", "cross_entropy"))
         _choice("search method", self.method, ("grid", "brent"))
         _choice("search extent", self.extent, ("row", "tensor"))
+        _choice("rule for several batches", self.over, ("current", "mean"))
+        if self.over == "mean" and self.method == "grid":
+            raise UserError("a grid adds the losses of all batches: over='mean' is for method='brent'")
         _choice("padding rule", self.padding, ("ignore", "include"))
         if self.candidates < 1:
             raise UserError(f"a search needs at least one candidate, not {self.candidates}")
+        if self.sample < 0 or (self.sample and self.loss != "mse"):
+            raise UserError(f"sample={self.sample}: a number of elements, for loss='mse'; 0 looks at all of them")
         if self.margin < 0:
             raise UserError(f"the search margin {self.margin} is negative")
 
@@ -175,11 +198,14 @@ Estimator = MinMax | Search
 ESTIMATORS: dict[str, Estimator] = {
     "current_minmax": MinMax("current"),
     "all_minmax": MinMax("all"),
+    "mean_minmax": MinMax("mean"),
+    "lsq_plus": MinMax("current", deviations=3.0),
     "running_minmax": MinMax("running"),
     "restarting_minmax": MinMax("restarting"),
     "percentile": MinMax("current", percentile=0.1),
     "mse": Search("mse", "grid", relative_margin=True),
     "mse_brent": Search("mse", "brent", relative_margin=True),
+    "mean_mse_brent": Search("mse", "brent", margin=0.0, over="mean"),
     "cross_entropy": Search("cross_entropy", "grid", relative_margin=True),
 }
 
@@ -212,7 +238,8 @@ class Spec:
       bits: 2 to 16 for the uniform schemes (`'offset'`: from 1); ternary counts as 2, binary as 1; `'magnitude'` has a sign
         besides its bits.
       scheme: `'symmetric'` (no zero point; unsigned when the range is one-sided), `'narrow'` (symmetric, signed in any case and
-        without the least integer: as many levels on both sides of zero), `'asymmetric'` (integer zero point),
+        without the least integer: as many levels on both sides of zero), `'full'` (symmetric, signed in any case, step
+        `2 max|x| / (2^b - 1)`: the ends lie half a step outside the outermost levels), `'asymmetric'` (integer zero point),
         `'offset'` (the lower end itself is on the grid, and zero need not be); with a scale from the tensor itself
         `'ternary'` (threshold 0.7 mean|x|, TWN), `'binary'` (signs), `'loss_aware'` (the scale of least error, found by
         alternation), `'twn'` (TWN's threshold for more bits), `'magnitude'` (sign and magnitude) or `'absmean'` (2 to 5 states
@@ -308,6 +335,9 @@ class Spec:
                 f"scheme {self.scheme!r} takes ranges from minimum and maximum; searches are for the other schemes"
             )
         is_entropy = isinstance(self.estimator, Search) and self.estimator.loss == "cross_entropy"
+        prunes = isinstance(self.estimator, MinMax) and self.estimator.token_quantile < 1
+        if prunes and self.granularity.axis is not None:
+            raise UserError("token_quantile prunes whole tokens: it needs per_tensor() granularity")
         if is_entropy and self.granularity.axis is not None:
             raise UserError("the cross-entropy search looks at whole rows of logits: it needs per_tensor() granularity")
 

@@ -29,6 +29,7 @@ ARGUMENTS = {
     ],
     "analyze": ["w8a8", "paper", "smoke"],
     "finetune": ["film_reviews", "bbc_news", "rte", "smoke"],
+    "outlier_suppression": ["w8a8_os", "w6a6_os+", "w4a4_os+_as_published", "smoke"],
     "ptq": ["w8a8", "w8a8_mixed", "w8a8_peg", "w8a32", "w4a8", "w4a32", "ternary", "published", "smoke"],
     "efficient_transformer_quantization": ["table1", "mixed", "peg", "main", "low_bit", "minilm", "smoke"],
     "qat": ["w8a8", "w4a8", "w4a32", "w4a8_e2", "ternary", "smoke"],
@@ -76,7 +77,7 @@ def test_every_config_resolves(name, argument):
     assert set(base()) <= set(config)
     for phase in config.recipe:
         assert phase in config.phases
-    if name in ("ptq", "qat") or (name == "agnews" and "sweep" not in config):
+    if name in ("ptq", "qat", "outlier_suppression") or (name == "agnews" and "sweep" not in config):
         assert policy_from(config.quant, 6) is not None
 
 
@@ -134,6 +135,18 @@ def test_settings_of_the_ptq_config(trained, tmp_path, argument):
     result = quantize(config, tmp_path)
     assert np.isfinite(result["quantized"]["score"])
     assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+def test_outlier_suppression_leaves_a_model_to_go_on_from(trained, tmp_path):
+    config = ready(trained, get_config("outlier_suppression", "smoke"))
+    config.data.limit_train = config.data.limit_eval = 0
+    result = quantize(config, tmp_path)
+    assert "calibrated" in (tmp_path / "suppression.md").read_text()
+    for name, score in (("model", result["full_precision"]), ("quantized", result["quantized"])):
+        config = ready(trained)
+        config.model.name = str(tmp_path / name)
+        assert evaluate(config)["score"] == pytest.approx(score["score"])
+    assert load(str(tmp_path / "model")).config.shortcuts
 
 
 def test_smoke_of_qat(tiny_config, tmp_path):

@@ -222,3 +222,47 @@ def test_sixteen_bit_input_is_estimated_in_float32():
     spec = quant.asymmetric(8)
     assert quant.estimate(spec, x).scale.dtype == jnp.float32
     assert ends_of(spec, x) == ends_of(spec, x.astype(jnp.float32))
+
+
+def test_mean_of_the_extremes_of_batches():
+    batches = [batch(seed) * (seed + 1) for seed in range(4)]
+    low, high = ends_of(quant.asymmetric(8, estimator=MinMax("mean")), *batches)
+    np.testing.assert_allclose(low, np.mean([x.min() for x in batches]), rtol=1e-6)
+    np.testing.assert_allclose(high, np.mean([x.max() for x in batches]), rtol=1e-6)
+
+
+def test_mean_and_deviations():
+    x = batch()
+    spec = quant.asymmetric(8, quant.per_embedding(), estimator=quant.estimator("lsq_plus"))
+    low, high = ends_of(spec, damaged(x), where=MASK[..., None])
+    mean, deviation = x[MASK].mean(0), x[MASK].std(0, ddof=1)
+    np.testing.assert_allclose(low, mean - 3 * deviation, rtol=1e-5)
+    np.testing.assert_allclose(high, mean + 3 * deviation, rtol=1e-5)
+
+
+def test_pruned_tokens_do_not_widen_the_range():
+    x = np.random.default_rng(0).uniform(-1, 1, (2, 10, 6)).astype(np.float32)
+    x[0, 3, 2], x[1, 7, 1] = 50, -40
+    low, high = ends_of(quant.asymmetric(8, estimator=MinMax("mean", token_quantile=0.9)), x)
+    assert -1 <= low < -0.9 and 0.9 < high <= 1
+    low, high = ends_of(quant.asymmetric(8, estimator=MinMax("mean")), x)
+    assert (low, high) == (-40, 50)
+
+
+def test_mean_of_the_ranges_of_least_error():
+    spec = quant.symmetric(4, estimator=quant.estimator("mean_mse_brent"))
+    batches = [batch(seed) * (seed + 1) for seed in range(2)]
+    each = [ends_of(spec, x) for x in batches]
+    np.testing.assert_allclose(ends_of(spec, *batches), np.mean(each, 0), rtol=1e-6)
+    assert abs(each[0][0]) < abs(batches[0]).max()
+
+
+def test_a_sample_stands_for_all_elements():
+    x = np.random.default_rng(0).standard_normal((40, 30, 48)).astype(np.float32)
+    x[..., 5] *= 8  # a channel that a sample with a common factor would see too often or never
+    whole = dataclasses.replace(quant.symmetric(4), estimator=Search("mse", "grid", candidates=40, margin=0.0))
+    part = dataclasses.replace(whole, estimator=dataclasses.replace(whole.estimator, sample=4000))
+    np.testing.assert_allclose(ends_of(part, x), ends_of(whole, x), rtol=0.1)
+    where = np.ones((40, 30, 1), bool)
+    where[:, 20:] = False
+    np.testing.assert_allclose(ends_of(part, np.where(where, x, 1e9), where=where), ends_of(whole, x[:, :20]), rtol=0.1)

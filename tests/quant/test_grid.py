@@ -352,3 +352,12 @@ def test_offset_grid_holds_its_lower_end_and_shifted_adds_it():
     published = quant.Spec(3, "shifted", rounding="truncate")
     np.testing.assert_allclose(quant.fake_quant(published, x, params), [4, 4.5, 5, 7, 7.5, 4], rtol=1e-6)
     np.testing.assert_array_equal(jax.grad(lambda x: quant.fake_quant(published, x, params).sum())(x), np.ones(6))
+
+
+def test_a_full_grid_is_signed_and_its_ends_lie_half_a_step_outside():
+    spec = quant.Spec(4, "full", quant.per_channel(0))
+    x = np.array([[1.5, -1.5, 0.0], [3.0, 0.2, 0.05]], np.float32)
+    params = quant.estimate(spec, x)
+    np.testing.assert_allclose(params.scale, [0.2, 0.4], rtol=1e-6)
+    assert params.signed
+    np.testing.assert_allclose(quant.fake_quant(spec, x, params), [[1.4, -1.6, 0], [2.8, 0, 0]], atol=1e-6)
