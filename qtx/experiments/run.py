@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
+from qtx import models
 from qtx.errors import UserError
 from qtx.experiments.config import (
     evaluation_from,
@@ -271,7 +272,7 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     if not config.save_models:
         shutil.rmtree(directory)  # written to be counted
     elif suppression is not None:
-        models.save(workdir / "model", family, sizes, quantized.params, experiment.tokenizer)
+        models.save(workdir / "model", family, sizes, quantized.params, experiment.tokenizer, experiment.labels)
     for name, table in quantized.tables.items():
         table.print()
         table.save(workdir, name)
