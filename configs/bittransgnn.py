@@ -20,6 +20,7 @@ The third line is direct separation: the encoder of a trained model on its own. 
     dynamic         encoder and graph convolution trained together
     distillation    the encoder learns from a trained `dynamic`; `online`: while that is trained
     sweep           all of them at 1.58 and 2.32 bits, over seeds; `lambda`: static, over the share of the graph
+    analysis        behind a method: its model in the plane, and the profiles of its classes, by launch/analyze.py
 
 Settings follow the published ones (batches of 32, 128 tokens, 1e-3 for the convolution, tenth of the rates from half of the
 epochs on) but for epochs: 100 with patience there, as below here, which suits a CPU. Features are means over tokens, as this
@@ -27,7 +28,7 @@ encoder was trained. `smoke` runs for seconds, on whatever task it stands behind
 """
 
 from qtx.errors import UserError, near_misses
-from qtx.experiments.config import base, changed, sweeping
+from qtx.experiments.config import analysis, base, changed, sweeping
 
 TASKS = {"r8": "R8", "mr": "mr", "ohsumed": "ohsumed", "mrpc": "mrpc", "rte": "rte", "r52": "R52", "20ng": "20ng"}
 GRAPH_RATE = 1e-3
@@ -105,7 +106,7 @@ def rows(task: str) -> list[dict]:
 def get_config(arg: str = "r8"):
     """Returns the configuration of a task and a method, or a sweep."""
     task, *words = arg.lower().split("+")
-    for word, known in ((task, TASKS), *((word, (*METHODS, "sweep", "lambda", "smoke")) for word in words)):
+    for word, known in ((task, TASKS), *((word, (*METHODS, "sweep", "lambda", "analysis", "smoke")) for word in words)):
         if word not in known:
             raise UserError(f"configs/bittransgnn.py: unknown word {word!r}{near_misses(word, known)}")
     config = changed(base(), task_fields(task), arg)
@@ -126,6 +127,8 @@ def get_config(arg: str = "r8"):
     if "sweep" in words or "lambda" in words:
         config.model.fresh_head = True
         config.sweep = lambda_sweep() if "lambda" in words else methods_sweep(task)
+    if "analysis" in words:
+        config.analyses, config.analysis, config.model.fresh_head = ("features",), analysis(), False
     if "smoke" in words:
         config.data.update(limit_train=120, limit_eval=60, max_length=32)
         for phase in (config.phases.finetune, config.phases.qat):
@@ -151,8 +154,13 @@ def methods_sweep(task: str):
 
 def lambda_sweep():
     """Returns the section of accuracy against the graph's share of the vote."""
-    rows = [dict(name="BitTransformer", changes=METHODS["encoder"])]
-    for share in (i / 10 for i in range(11)):
-        changes = METHODS["static"] | {"bittransgnn.mix": share}
-        rows.append(dict(name=f"lambda {share:g}", start="BitTransformer", changes=changes))
-    return sweeping(name="bittransgnn_lambda", rows=tuple(rows), seeds=(0, 1, 2), metric="test_accuracy")
+    axis = "bittransgnn.mix"
+    rows: list[dict] = []
+    for bits, states in (("1.58", 3), ("2.32", 5)):
+        width, encoder = {"quant.bit.states": states}, f"BitTransformer {bits}"
+        rows.append(dict(name=encoder, changes=METHODS["encoder"] | width, ignores=(axis,)))
+        rows.append(dict(name=f"static {bits}", start=encoder, changes=METHODS["static"] | width))
+    shares = tuple(i / 10 for i in range(11))
+    return sweeping(
+        name="bittransgnn_lambda", grid=((axis, shares),), rows=tuple(rows), seeds=(0, 1, 2), metric="test_accuracy"
+    )

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from qtx.analysis import memory, outliers, sensitivity, weights
 from qtx.errors import UserError, near_misses
+from qtx.experiments.analyze_features import features
 from qtx.experiments.analyze_loss import Part, curvature_part, landscape_part, layer_errors_part
 from qtx.experiments.classification import Classification
 from qtx.experiments.efficiency import efficiency
@@ -226,4 +227,5 @@ ANALYSES: dict[str, Callable[[Classification, Policy], Part]] = {
     "landscape": landscape_part,
     "layer_errors": layer_errors_part,
     "efficiency": efficiency,
+    "features": features,
 }

@@ -405,6 +405,12 @@ def analysis() -> ConfigDict:
                 "tokens": 128,
                 "compiled": True,  # compile the model, four programs, and ask XLA
             },
+            "features": {
+                "methods": ("pca", "tsne"),  # or 'umap', which needs the extra of that name
+                "split": "test",
+                "limit": 2000,  # examples; 0: all
+                "perplexity": 30.0,  # of t-SNE; at most a third of the examples
+            },
             "efficiency": {
                 "batch_size": 1,
                 "tokens": 128,

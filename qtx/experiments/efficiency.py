@@ -48,6 +48,7 @@ def efficiency(experiment: Classification, policy: Policy) -> Callable[[Path], l
     Raises:
       UserError: a setting that does not exist or does not fit the model.
     """
+    experiment.check_packable()
     c = experiment.config.analysis.efficiency
     sizes = experiment.pretrained.config
     if not isinstance(sizes, BertConfig):

@@ -94,6 +94,10 @@ class Experiment(abc.ABC):
         """Returns the fields of every `Phase` that are up to the kind of experiment: the objective, for one."""
         return {"objective": task_loss}
 
+    def check_packable(self) -> None:
+        """Raises a `UserError` if the model is none that a packed artifact holds whole."""
+        return
+
     def adapted(self, policy: Policy) -> Policy:
         """Returns a policy for the family of the checkpoint in the form that fits the module of the experiment."""
         return policy

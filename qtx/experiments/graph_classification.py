@@ -35,7 +35,7 @@ from qtx.files import whole_file
 from qtx.methods.bittransgnn import GraphDistillation, graph_loss, vote
 from qtx.nn.graph import Graph, adjacency
 from qtx.nn.sites import SiteInfo, list_sites
-from qtx.nn.text_graph import GraphConfig, StudentAndTeacher, TextGraphClassifier
+from qtx.nn.text_graph import GraphConfig, GraphOutputs, StudentAndTeacher, TextGraphClassifier
 from qtx.quant.policy import KINDS, Policy, Rule, matches
 from qtx.train.loop import predict
 
@@ -151,7 +151,7 @@ class GraphClassification(Classification):
         fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
         made = cls(**fields, corpus=corpus, graph=graph, votes={}, teacher_mix=0.0)
         if teacher is not None:
-            return dataclasses.replace(made, votes=made._votes_of(teacher, part), teacher_mix=part.config.mix)
+            return dataclasses.replace(made, votes=made._teacher_votes(teacher, part), teacher_mix=part.config.mix)
         return made._joined(graph_config)
 
     def _joined(self, config: GraphConfig) -> GraphClassification:
@@ -176,7 +176,7 @@ class GraphClassification(Classification):
             self, model=model, pretrained=dataclasses.replace(pretrained, params=params, fresh=fresh)
         )
 
-    def _votes_of(self, directory: Path, part: GraphPart) -> dict[str, jax.Array]:
+    def _teacher_votes(self, directory: Path, part: GraphPart) -> dict[str, jax.Array]:
         """Returns what a trained model says of the training documents."""
         section = copy.deepcopy(self.config)
         section.model.update(name=str(directory), fresh_head=False)
@@ -212,6 +212,12 @@ class GraphClassification(Classification):
         if len(args) < len(self.model.inputs):  # type: ignore[attr-defined]
             args = (*args, jnp.zeros(args[0].shape[0], jnp.int32))
         return list_sites(self.model, {"params": self.pretrained.params}, *args)
+
+    def check_packable(self) -> None:
+        if self.config.bittransgnn.method != "distillation":
+            raise UserError(
+                "a model with a graph is quantized as it trains; for its encoder alone leave bittransgnn.method empty"
+            )
 
     def adapted(self, policy: Policy) -> Policy:
         """Returns the policy, for both of a student and its teacher where there are two models."""
@@ -280,13 +286,16 @@ class GraphClassification(Classification):
             model, variables = self.text_model(model), below(variables, "student")
         if not isinstance(model, TextGraphClassifier):
             return super().logits(model, variables, splits)
+        if "bank" not in variables:
+            variables = {**variables, "bank": {"features": self.features(model, variables)}}
+        there = [split for split in splits if split in self.encoded and self._in_graph(split)]
+        return {split: np.asarray(self.votes_of(model, variables, split).logits) for split in there}
+
+    def votes_of(self, model: TextGraphClassifier, variables: Mapping[str, Any], split: str) -> GraphOutputs:
+        """Returns what a graph model says of the documents of a split, from the bank or, without one, the encoder as it is."""
         bank = variables["bank"]["features"] if "bank" in variables else self.features(model, variables)
         plain = {name: value for name, value in variables.items() if name != "bank"} | {"bank": {"features": bank}}
-        found = {}
-        for split in splits:
-            if split in self.encoded and self._in_graph(split):
-                found[split] = np.asarray(vote(model, plain, self.adjacency, jnp.asarray(self.nodes(split))).logits)
-        return found
+        return vote(model, plain, self.adjacency, jnp.asarray(self.nodes(split)))
 
     def save(self, workdir: Path, trained: nn.Module, policy: Policy | None, variables: Mapping[str, Any]) -> None:
         """Writes the encoder with its classifier, and beside it what else a graph model has; see `Experiment.save`.

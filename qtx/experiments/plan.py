@@ -72,6 +72,8 @@ ENTRIES: dict[str, Callable[[ConfigDict, Path], Outcome]] = {
 }
 SAMPLERS = ("grid", "random", "tpe")
 RELATIONS = (">", "~", ">=")
+ANY = "any"
+"""Label of an axis for a row that ignores it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Row:
       start: name of the row whose model (`model/` in its run directory, same point and seed) is `model.name` here.
       uses: further fields with the rows whose runs they name; behind a slash what of the run: `{"bittransgnn.teacher":
         "dynamic/quantized"}`; without one its `model`.
+      ignores: axes that make no difference to it: it is run once for all their values, and rows at each of them share it.
       changes: values by dotted field.
       at: labels of the points that it is run at; empty: at all.
       changes_at: further changes, by label.
@@ -94,6 +97,7 @@ class Row:
     entry: str
     start: str = ""
     uses: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignores: tuple[str, ...] = ()
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     at: tuple[str, ...] = ()
     changes_at: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -209,29 +213,47 @@ def plan(config: ConfigDict) -> list[Trial]:
                     f"sweep.orderings: there is no row {name!r}{near_misses(name, [row.name for row in rows])}"
                 )
     sources = {name for row in rows for name in row.sources}
-    labels = {choice.label for _, choices in axes for choice in choices}
+    known_labels = {choice.label for _, choices in axes for choice in choices}
     for row in rows:
         for label in {*row.at, *row.changes_at}:
-            if label not in labels:
-                raise UserError(f"row {row.name!r} names the label {label!r}{near_misses(label, labels)}")
+            if label not in known_labels:
+                raise UserError(f"row {row.name!r} names the label {label!r}{near_misses(label, known_labels)}")
+    for row in rows:
+        for name in row.ignores:
+            if name not in dict(axes):
+                raise UserError(f"row {row.name!r} ignores {name!r}, which is no axis{near_misses(name, dict(axes))}")
     trials: list[Trial] = []
+    known: set[str] = set()
     for choices in itertools.product(*(choices for _, choices in axes)):
-        point: Point = tuple((name, choice) for (name, _), choice in zip(axes, choices, strict=True))
-        present = [row for row in rows if _is_at(row, point)]
-        made = {row.name: _at_point(base, row, point, row.name in sources) for row in present}
+        whole: Point = tuple((name, choice) for (name, _), choice in zip(axes, choices, strict=True))
+        present = [row for row in rows if _is_at(row, whole)]
+        points = {row.name: tuple(each for each in whole if each[0] not in row.ignores) for row in present}
+        made = {row.name: _at_point(base, row, points[row.name], row.name in sources) for row in present}
         for row in present:
             for source in row.sources:
                 if source not in made:
-                    raise UserError(f"row {row.name!r} starts from {source!r}, which is not run at {_path(point)!r}")
+                    raise UserError(f"row {row.name!r} starts from {source!r}, which is not run at {_path(whole)!r}")
         fixed = [row for row in present if not searching or row.name in sources]
         searched = [row for row in present if row not in fixed]
         for seed in section.seeds:
             for row in fixed:
-                group, needed = _group(point, row.name), {source: _group(point, source) for source in row.sources}
+                point = points[row.name]
+                group = _group(point, row.name)
+                needed = {source: _group(points[source], source) for source in row.sources}
                 name = "/".join(filter(None, (group, f"seed_{seed}")))
-                trials.append(Trial(name, group, _labels(point), _path(point), row, (seed,), made[row.name], needed))
+                if row.ignores and name in known:
+                    continue
+                known.add(name)
+                labels = _labels(whole) | dict.fromkeys(row.ignores, ANY)
+                trials.append(Trial(name, group, labels, _path(point), row, (seed,), made[row.name], needed))
         for row in searched:
-            search, needed = _group(point, row.name), {source: _group(point, source) for source in row.sources}
+            if row.ignores:
+                raise UserError(
+                    f"row {row.name!r} ignores an axis, but is searched; leave sweep.ranges or `ignores` out"
+                )
+            point = whole
+            search = _group(point, row.name)
+            needed = {source: _group(points[source], source) for source in row.sources}
             for sample in range(section.samples):
                 name = "/".join(filter(None, (search, f"sample_{sample}")))
                 trials.append(

@@ -256,6 +256,7 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """
     workdir = Path(workdir)
     experiment = setup(config)
+    experiment.check_packable()
     policy = policy_to_apply(experiment)
     rounding = rounding_from(config.quant, config.adaround)
     suppression = suppression_from(config.quant, config.outlier_suppression)

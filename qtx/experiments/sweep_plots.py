@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qtx.analysis.tradeoffs import Series, plot_series
 from qtx.errors import UserError
-from qtx.experiments.plan import Trial
+from qtx.experiments.plan import ANY, Trial
 from qtx.experiments.study import Attempt
 from qtx.experiments.sweep_report import Cell
 from qtx.train.report import Table, load_curves, plot_accuracy_against_size, plot_runs
@@ -71,6 +71,7 @@ def plot_sweep(
 
 def _along(cells: Sequence[Cell], axis: str, one_row: bool) -> dict[str, dict[str, Series]]:
     """Returns medians along an axis of numbers, with the spread of the seeds, by figure and line; none for another axis."""
+    cells = [cell for cell in cells if cell.labels[axis] != ANY]
     try:
         numbers = {cell.labels[axis]: float(cell.labels[axis]) for cell in cells}
     except ValueError:

@@ -9,10 +9,11 @@ import scipy.sparse
 from flax import traverse_util
 
 from qtx.errors import UserError
+from qtx.experiments.analyze import analyze
 from qtx.experiments.classify import Classifier, classify_file
-from qtx.experiments.config import changed
+from qtx.experiments.config import analysis, changed
 from qtx.experiments.graph_classification import GRAPH_PART, GraphClassification, GraphPart
-from qtx.experiments.run import evaluate, make_recipe, train_and_evaluate
+from qtx.experiments.run import evaluate, make_recipe, quantize, train_and_evaluate
 from qtx.experiments.setup import setup
 from qtx.methods.bittransgnn import graph_loss
 from qtx.nn.graph import adjacency
@@ -238,3 +239,20 @@ def test_without_a_graph_every_document_stands_alone(run):
     own = variables | {"graph": {"adjacency": loops}, "bank": {"features": jnp.zeros((4, 16))}}
     same = model.apply(own, *args[:3], jnp.arange(4))
     np.testing.assert_allclose(alone.logits, same.logits, atol=1e-6)
+
+
+def test_what_a_graph_model_makes_of_its_documents(run, tmp_path):
+    config, workdir, *_ = run
+    config = copy.deepcopy(config)
+    config.model.update(name=str(workdir / "model"), fresh_head=False)
+    with config.unlocked():
+        config.analyses, config.analysis = ("features",), analysis()
+    config.analysis.features.methods = ("pca",)
+    text = analyze(config, tmp_path)
+    for name in ("features.png", "profiles_mean.png", "profiles_rsa.png"):
+        assert f"({name})" in text and (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    config.analysis.features.split = "tests"
+    with pytest.raises(UserError, match="'test'"):
+        analyze(config, tmp_path / "other")
+    with pytest.raises(UserError, match="leave bittransgnn.method empty"):
+        quantize(config, tmp_path / "packed")

@@ -93,6 +93,27 @@ def test_rows_at_some_points_alone_and_changes_there():
     assert [(trial.name, trial.config.quant.overrides) for trial in found] == [("rte/more/seed_1", "y=16")]
 
 
+def test_a_row_that_an_axis_does_not_touch_is_run_once_and_shared(runs, tmp_path):
+    grid = (("task", {"rte": {"task": "rte"}, "mrpc": {"task": "mrpc"}}), ("quant.weight_bits", (2, 3, 4)))
+    rows = (
+        {"name": "full", "ignores": ("quant.weight_bits",)},
+        {"name": "low", "start": "full", "uses": {"teacher.name": "full/quantized"}},
+    )
+    config = tiny_sweep(grid=grid, rows=rows, seeds=(1,))
+    found = plan.plan(config)
+    assert [trial.name for trial in found if trial.row.name == "full"] == ["rte/full/seed_1", "mrpc/full/seed_1"]
+    low = [trial for trial in found if trial.row.name == "low"]
+    assert [trial.needs() for trial in low] == [("rte/full/seed_1",)] * 3 + [("mrpc/full/seed_1",)] * 3
+    started = low[0].run_config(tmp_path, 1, {})
+    assert started.model.name == str(tmp_path / "rte/full/seed_1/model")
+    assert started.teacher.name == str(tmp_path / "rte/full/seed_1/quantized")
+    sweep.sweep(config, tmp_path)
+    assert len(names(runs, tmp_path)) == 8
+    lines = {(line["task"], line["quant.weight_bits"], line["row"]) for line in cells(tmp_path)}
+    assert ("rte", "any", "full") in lines and ("rte", "2", "low") in lines and ("mrpc", "4", "full") not in lines
+    assert (tmp_path / "along_weight_bits_rte.png").is_file()
+
+
 def test_a_selection_takes_along_what_it_starts_from():
     found = plan.plan(tiny_sweep())
     chosen = plan.selected(found, ["mrpc/low/seed_[12]"])
