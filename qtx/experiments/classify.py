@@ -27,7 +27,7 @@ from qtx.data.corpus import new_documents, words_kind
 from qtx.data.reading import read_text, standard_input
 from qtx.data.text_graph import TextGraph, attach, load_graph
 from qtx.errors import UserError
-from qtx.experiments.graph_classification import GraphPart, part_of, with_rules
+from qtx.experiments.graph_part import GraphPart, joint_policy, part_of
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
 from qtx.files import write_text
 from qtx.nn.bert import BertConfig
@@ -159,7 +159,7 @@ class Classifier:
     def _joint(self) -> TextGraphClassifier:
         assert self.part is not None
         text: Any = self.text
-        policy = with_rules(text.policy, self.part.policy)
+        policy = joint_policy(text.policy, self.part)
         return TextGraphClassifier(text.config, text.dtype, policy, type(text), self.part.config, recompute=False)
 
     @functools.cached_property

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
-from flax import traverse_util
 from ml_collections import ConfigDict
 
 from qtx import models
@@ -30,78 +26,17 @@ from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import Classification, prepare
 from qtx.experiments.experiment import LABELLED, load_model
 from qtx.experiments.graph import GRAPH_FILE, corpus_from, graph_from, settings_from, track
-from qtx.export.packed import policy_from_json, policy_to_json
-from qtx.files import whole_file
+from qtx.experiments.graph_part import GraphPart, joint_policy, part_of
 from qtx.methods.bittransgnn import GraphDistillation, graph_loss, vote
 from qtx.nn.graph import Graph, adjacency
-from qtx.nn.sites import SiteInfo, list_sites
+from qtx.nn.sites import SiteInfo, list_sites, names_by_kind
 from qtx.nn.text_graph import GraphConfig, GraphOutputs, StudentAndTeacher, TextGraphClassifier
-from qtx.quant.policy import KINDS, Policy, Rule, matches
+from qtx.quant.policy import Policy
 from qtx.train.loop import predict
 
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 """Of documents, in the order of their nodes."""
 METHODS = ("dynamic", "static", "distillation", "online")
-GRAPH_PART = "graph.safetensors"
-
-
-@dataclasses.dataclass(frozen=True)
-class GraphPart:
-    """What a trained BitTransGNN has beside its encoder.
-
-    Attributes:
-      config: of the graph convolution.
-      params: its parameters, nested, below `gcn`.
-      features: of all nodes `[N, D]`, as they were when the model was evaluated.
-      fingerprint: of the documents of its graph.
-      policy: of its sites alone.
-      task: whose texts the graph is of.
-      words: kind of words of the graph, see `qtx.data.corpus.make_corpus`.
-      tokenizer: likewise.
-    """
-
-    config: GraphConfig
-    params: dict[str, Any]
-    features: np.ndarray
-    fingerprint: str
-    policy: Policy = Policy()
-    task: str = ""
-    words: str = "basic"
-    tokenizer: str = ""
-
-    def save(self, directory: Path) -> None:
-        """Writes it beside a model."""
-        flat = traverse_util.flatten_dict(self.params, sep="/")
-        tensors = {f"gcn/{name}": np.asarray(value) for name, value in flat.items()} | {"features": self.features}
-        record = {
-            "config": dataclasses.asdict(self.config),
-            "fingerprint": self.fingerprint,
-            "policy": policy_to_json(self.policy),
-            "texts": [self.task, self.words, self.tokenizer],
-        }
-        with whole_file(directory / GRAPH_PART) as partial:
-            safetensors.numpy.save_file(tensors, partial, metadata={"qtx": json.dumps(record)})
-
-    @classmethod
-    def load(cls, directory: Path) -> GraphPart:
-        """Reads it; raises a `UserError` if it is missing or damaged."""
-        path = directory / GRAPH_PART
-        if not path.is_file():
-            raise UserError(
-                f"{directory} holds no {GRAPH_PART}: it is no trained BitTransGNN; train one and give its model/"
-            )
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                record = json.loads((file.metadata() or {})["qtx"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            features = tensors.pop("features")
-            gcn = {name.removeprefix("gcn/"): jnp.asarray(value) for name, value in tensors.items()}
-            params = traverse_util.unflatten_dict(gcn, sep="/")
-            policy = policy_from_json(record["policy"])
-            config = GraphConfig(**record["config"])
-            return cls(config, params, features, record["fingerprint"], policy, *record["texts"])
-        except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} cannot be read ({error}); is the file truncated?") from None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,7 +95,7 @@ class GraphClassification(Classification):
         found = part_of(pretrained.directory)
         policy = text.policy  # type: ignore[attr-defined]
         if found is not None and policy is not None:  # a packed model
-            policy = with_rules(policy, found.policy)
+            policy = joint_policy(policy, found)
         model = joint_model(self.config, pretrained.family, text.config, text.dtype, policy)  # type: ignore
         fresh = pretrained.fresh
         if found is None:
@@ -185,7 +120,7 @@ class GraphClassification(Classification):
             raise UserError(f"bittransgnn.teacher: {directory} was trained on a graph of other documents than these")
         sizes: Any = teacher.config
         kind: Any = teacher.family.module
-        policy = with_rules(module.policy, part.policy)  # type: ignore[attr-defined]
+        policy = joint_policy(module.policy, part)  # type: ignore[attr-defined]
         joint = TextGraphClassifier(sizes, module.dtype, policy, kind, part.config)  # type: ignore[attr-defined]
         variables = {
             "params": teacher.params | {"gcn": part.params},
@@ -224,11 +159,13 @@ class GraphClassification(Classification):
         if not isinstance(self.model, StudentAndTeacher):
             return policy
 
-        def both(rules: Sequence[Rule]) -> tuple[Rule, ...]:
-            parts = ("student", "teacher")
-            return tuple(dataclasses.replace(r, pattern=f"{part}/{r.pattern}") for part in parts for r in rules)
-
-        return mapped(policy, lambda kind, rules: both(rules))
+        return policy.map_rules(
+            lambda _, rules: [
+                dataclasses.replace(rule, pattern=f"{part}/{rule.pattern}")
+                for part in ("student", "teacher")
+                for rule in rules
+            ]
+        )
 
     def training(self) -> dict[str, Any]:
         c = self.config.bittransgnn
@@ -307,15 +244,15 @@ class GraphClassification(Classification):
         params = dict(variables["params"])
         gcn = params.pop("gcn", None)
         text = self.text_model(trained)
-        sites = self.pretrained.family.sites(self.pretrained.config)
-        own, chosen = (None if p is None else without_unmatched(p, sites) for p in (policy, text.policy))  # type: ignore
+        names = names_by_kind(self.pretrained.family.sites(self.pretrained.config))
+        own, chosen = (None if p is None else p.matching(names) for p in (policy, text.policy))  # type: ignore
         alone = dataclasses.replace(self, model=text, pretrained=dataclasses.replace(self.pretrained, params=params))
         Classification.save(alone, workdir, text.clone(policy=chosen), own, {**variables, "params": params})
         if gcn is None:
             return
         bank = variables["bank"]["features"] if "bank" in variables else self.features(trained, variables)
-        rest = {name: info for name, info in self.sites().items() if name.startswith("gcn/")}
-        gcn_policy = without_unmatched(trained.policy or Policy(), rest)  # type: ignore[attr-defined]
+        rest = names_by_kind({name: info for name, info in self.sites().items() if name.startswith("gcn/")})
+        gcn_policy = (trained.policy or Policy()).matching(rest)  # type: ignore[attr-defined]
         gcn_config = trained.graph  # type: ignore[attr-defined]
         section = self.config.graph
         words = words_kind(self.task, section.words)
@@ -333,38 +270,9 @@ def below(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {kind: variables[kind].get(name, {}) for kind in ("params", "ranges") if kind in variables}
 
 
-def without_unmatched(policy: Policy, sites: Mapping[str, SiteInfo]) -> Policy:
-    """Returns a policy without the rules that match none of these sites."""
-
-    def kept(kind: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
-        names = [name for name, info in sites.items() if info.kind == kind]
-        return tuple(rule for rule in rules if any(matches(rule.pattern, name) for name in names))
-
-    return mapped(policy, kept)
-
-
-def with_rules(policy: Policy | None, further: Policy) -> Policy | None:
-    """Returns a policy with the rules of another one behind its own; without any, None."""
-    found = mapped(policy or Policy(), lambda kind, rules: (*rules, *further.rules(kind)))
-    return found if any(found.rules(kind) for kind in KINDS) else None
-
-
-def mapped(policy: Policy, change: Callable[[Any, Sequence[Rule]], tuple[Rule, ...]]) -> Policy:
-    """Returns a policy with `change(kind, rules)` in place of the rules of every kind."""
-    weights, activations, inputs = (change(kind, policy.rules(kind)) for kind in ("weight", "activation", "input"))
-    return dataclasses.replace(policy, weights=weights, activations=activations, inputs=inputs)
-
-
 def graph_config_from(section: ConfigDict) -> GraphConfig:
     """Reads what the graph convolution is from the section `bittransgnn`; raises a `UserError` on a value out of range."""
     return GraphConfig(section.mix, section.hidden_size, section.num_layers, section.dropout, section.bias)
-
-
-def part_of(directory: Path | None) -> GraphPart | None:
-    """Returns what a checkpoint has beside its encoder, or None."""
-    if directory is None or not (directory / GRAPH_PART).is_file():
-        return None
-    return GraphPart.load(directory)
 
 
 def joint_model(

@@ -235,6 +235,11 @@ def example_inputs(module: Any, config: Any, tokens: int = 8) -> tuple[jax.Array
     return (jnp.zeros((1, tokens), jnp.int32),) * len(module.inputs)
 
 
+def names_by_kind(sites: Mapping[str, SiteInfo]) -> dict[Kind, list[str]]:
+    """Returns the names of sites, from `list_sites`, by their kind."""
+    return {kind: [name for name, info in sites.items() if info.kind == kind] for kind in KINDS}
+
+
 def check_policy(policy: Policy, sites: Mapping[str, SiteInfo]) -> None:
     """Raises a `UserError` if a policy does not fit a model.
 
@@ -245,7 +250,7 @@ def check_policy(policy: Policy, sites: Mapping[str, SiteInfo]) -> None:
       policy: the policy.
       sites: from `list_sites`.
     """
-    policy.check({kind: [name for name, info in sites.items() if info.kind == kind] for kind in KINDS})
+    policy.check(names_by_kind(sites))
     for name, info in sites.items():
         spec = policy.spec(info.kind, name)
         if spec is None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 from qtx.errors import UserError, near_misses
@@ -104,12 +105,30 @@ class Policy:
                 hint = near_misses(rule.pattern, existing)
                 raise UserError(f"the {kind} pattern {shown} matches no site of this model{hint}")
 
-    def map_specs(self, change) -> Policy:
+    def map_rules(self, change: Callable[[Kind, tuple[Rule, ...]], Iterable[Rule]]) -> Policy:
+        """Returns the policy with `change(kind, rules)` in place of the rules for every kind."""
+        weights, activations, inputs = (tuple(change(kind, self.rules(kind))) for kind in KINDS)
+        return dataclasses.replace(self, weights=weights, activations=activations, inputs=inputs)
+
+    def map_specs(self, change: Callable[[Spec], Spec | None]) -> Policy:
         """Returns the policy with `change(spec)` in place of every spec that is not None."""
-
-        def changed(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-            return tuple(dataclasses.replace(r, spec=None if r.spec is None else change(r.spec)) for r in rules)
-
-        return dataclasses.replace(
-            self, weights=changed(self.weights), activations=changed(self.activations), inputs=changed(self.inputs)
+        return self.map_rules(
+            lambda _, rules: [replace(r, spec=None if r.spec is None else change(r.spec)) for r in rules]
         )
+
+    def matching(self, names: Mapping[Kind, Iterable[str]]) -> Policy:
+        """Returns the policy without the rules that match none of some sites.
+
+        Args:
+          names: of the sites, by kind.
+        """
+
+        def kept(kind: Kind, rules: tuple[Rule, ...]) -> list[Rule]:
+            existing = list(names.get(kind, ()))
+            return [rule for rule in rules if any(matches(rule.pattern, name) for name in existing)]
+
+        return self.map_rules(kept)
+
+    def followed_by(self, other: Policy) -> Policy:
+        """Returns the policy with the rules of another one behind its own."""
+        return self.map_rules(lambda kind, rules: (*rules, *other.rules(kind)))

@@ -12,7 +12,8 @@ from qtx.errors import UserError
 from qtx.experiments.analyze import analyze
 from qtx.experiments.classify import Classifier, classify_file
 from qtx.experiments.config import analysis, changed
-from qtx.experiments.graph_classification import GRAPH_PART, GraphClassification, GraphPart
+from qtx.experiments.graph_classification import GraphClassification
+from qtx.experiments.graph_part import GRAPH_PART, GraphPart
 from qtx.experiments.run import evaluate, make_recipe, quantize, train_and_evaluate
 from qtx.experiments.setup import setup
 from qtx.methods.bittransgnn import graph_loss

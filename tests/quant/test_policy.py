@@ -127,3 +127,13 @@ def test_map_specs_leaves_none_and_order():
     assert changed.activations == rules(("**", quant.asymmetric(3)), ("x", None))
     assert changed.inputs == rules(("y", quant.asymmetric(4))) and changed.precedence == "last"
     assert policy.weights == rules(("**", A))
+
+
+def test_rules_that_match_and_rules_of_two_policies():
+    both = Policy(
+        weights=(Rule("encoder/**", quant.symmetric(8)), Rule("gcn/**", quant.symmetric(8))),
+        inputs=(Rule("gcn/*/input", quant.symmetric(8)),),
+    )
+    encoder = both.matching({"weight": ["encoder/a/kernel"], "input": ["encoder/a/input"]})
+    assert encoder == Policy(weights=(Rule("encoder/**", quant.symmetric(8)),))
+    assert encoder.followed_by(both.matching({"weight": ["gcn/b/kernel"], "input": ["gcn/b/input"]})) == both
