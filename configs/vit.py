@@ -10,7 +10,8 @@
     python launch/sweep.py --config=configs/vit.py:table --data_dir=DATA --workdir=runs/vit
 
 The argument is `cifar10` or `mnist`, for training in full precision from nothing, or one of them with a method behind a `+`;
-or `table`, all methods on CIFAR-10 as a sweep over seeds. A method begins with a trained model, which is its teacher, and gives
+or `table`, all methods on CIFAR-10 as a sweep over seeds; `table+small` is the same with a fifth of the images and fewer
+epochs, for a CPU. A method begins with a trained model, which is its teacher, and gives
 the linear layers and the attention of all layers weights of three values and 8 bits for what enters a product; patches, tokens,
 positions, norms and head stay in full precision. Methods are
 
@@ -43,6 +44,12 @@ TASKS = {
         "data.flip": True,
     },
     "mnist": {"model.sizes": ConfigDict({**SMALL, "image_size": 28, "num_channels": 1}), "data.crop": 2},
+}
+SMALL_TABLE = {
+    "data.limit_train": 10_000,
+    "phases.finetune.epochs": 10.0,
+    "phases.intervene.epochs": 0.5,
+    "phases.qat.epochs": 4.0,
 }
 PRETRAINED = {
     "model.name": "google/vit-base-patch16-224",
@@ -81,8 +88,8 @@ def methods() -> dict[str, dict]:
     return found
 
 
-def method(name: str, task: str) -> dict:
-    """Returns the fields of a method with its suffix; raises a `UserError` on one that does not exist."""
+def method(name: str, epochs: float) -> dict:
+    """Returns the fields of a method of so many epochs with its suffix; raises a `UserError` on one that does not exist."""
     plain, *extras = name.split("+")
     known = methods()
     if plain not in known:
@@ -93,7 +100,7 @@ def method(name: str, task: str) -> dict:
             raise UserError(
                 f"configs/vit.py: {plain} does not go with {extra!r}; choose 'quarter' for a ternary method"
             )
-        fields |= {"phases.qat.epochs": EPOCHS[task] / 4}
+        fields |= {"phases.qat.epochs": epochs / 4}
     return fields
 
 
@@ -106,11 +113,14 @@ def get_config(arg: str = "cifar10"):
     for name, rate in (("finetune", 1e-3), ("intervene", 5e-4), ("qat", 5e-4)):
         config.phases[name].batch_size = 128
         config.phases[name].optimizer.update(learning_rate=rate, schedule="cosine", weight_decay=0.05)
-    if arg == "table":
-        config = changed(config, task_fields("cifar10"), arg)
+    if arg in ("table", "table+small"):
+        small = SMALL_TABLE if arg.endswith("+small") else {}
+        config = changed(config, task_fields("cifar10") | small, arg)
         rows = [dict(name="full precision")]
         names = ("ternary", "ternarybert", "output", "context", "map", "gradual", "gradual+quarter")
-        rows += [dict(name=name, changes=method(name, "cifar10"), start="full precision") for name in names]
+        rows += [
+            dict(name=name, changes=method(name, config.phases.qat.epochs), start="full precision") for name in names
+        ]
         config.sweep = sweeping(
             name="vit",
             grid=(("task", {"cifar10": {"task": "cifar10"}}),),
@@ -137,4 +147,4 @@ def get_config(arg: str = "cifar10"):
         return config
     task, _, name = arg.partition("+")
     fields = task_fields(task)
-    return changed(config, fields | (method(name, task) if name else {}), f"configs/vit.py:{arg}")
+    return changed(config, fields | (method(name, EPOCHS[task]) if name else {}), f"configs/vit.py:{arg}")

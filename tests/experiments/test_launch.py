@@ -55,7 +55,7 @@ ARGUMENTS = {
         "ptq",
         "smoke",
     ],
-    "vit": ["cifar10", "mnist+ternary", "cifar10+gradual+quarter", "mnist+pretrained", "table", "smoke"],
+    "vit": ["cifar10", "mnist+ternary", "cifar10+gradual+quarter", "mnist+pretrained", "table", "table+small", "smoke"],
 }
 
 
