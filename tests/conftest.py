@@ -1,6 +1,7 @@
 """Shared by all tests: CPU settings, and a tiny model with its tokenizer and data."""
 
 import csv
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import jaxlib  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+# Tracing makes and drops many objects, and what it keeps is walked through with every collection: a twentieth of the time.
+gc.set_threshold(100_000, 20, 100)
 
 # The same examples every time, and no deadline: compiling is slow and machines are shared.
 settings.register_profile("qtx", deadline=None, derandomize=True)
