@@ -23,6 +23,7 @@ def get_config(arg: str = "full"):
     config.candidates = 100
     config.rounding_iterations = 10_000
     config.rounding_rounds = config.calibration_rounds = 1  # a minute each
+    config.calibration_searched = "**"  # activations whose ranges are searched; of the others, minimum and maximum
     config.model = ConfigDict(
         dict(vocab_size=30522, hidden_size=384, num_layers=6, num_heads=12, intermediate_size=1536, max_positions=512)
     )
@@ -44,7 +45,8 @@ def get_config(arg: str = "full"):
         config.tokens = 8
         config.candidates = 5
         config.rounding_iterations = 20
-        config.decode.update(batch=2, tokens=6, limit=9, prefix_multiple=4, beam=2, rounds=1, vocabulary=40)
+        config.calibration_searched = "z"  # every search is compiled by itself
+        config.decode.update(batch=2, tokens=6, limit=6, prefix_multiple=4, beam=2, rounds=1, vocabulary=40)
         config.decode.model.update(hidden_size=16, num_layers=1, decoder_layers=1, num_heads=2, intermediate_size=32)
         config.model.update(vocab_size=64, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
     return config

@@ -152,6 +152,11 @@ class _Setup:
         compiled = jax.jit(logits)
         return lambda: compiled(variables, self.batch)
 
+    @functools.cached_property
+    def full_precision_forward(self) -> Program:
+        """The forward pass without a policy."""
+        return self.forward(self.model, {"params": self.params})
+
 
 def train_step(config: ConfigDict, learned: bool) -> Comparison:
     """The quantized train step, with fixed or learned ranges, against the full-precision one."""
@@ -187,7 +192,7 @@ def forward_plain(config: ConfigDict) -> Comparison:
       ArithmeticError: if their logits differ.
     """
     setup = _Setup.make(FrozenConfigDict(config))
-    a = setup.forward(setup.model, {"params": setup.params})
+    a = setup.full_precision_forward
     b = setup.forward(PlainBert(setup.model.config), {"params": plain_params(setup.params)})
     difference = float(jnp.max(jnp.abs(a() - b())))
     if not difference <= 1e-4:
@@ -200,7 +205,7 @@ def forward_quantized(config: ConfigDict) -> Comparison:
     setup = _Setup.make(FrozenConfigDict(config))
     model, ranges = setup.quantized()
     a = setup.forward(model, {"params": setup.params, "ranges": ranges})
-    b = setup.forward(setup.model, {"params": setup.params})
+    b = setup.full_precision_forward
     return Comparison(a, b, "W8A8 everywhere, fixed ranges", "full precision", config.rounds)
 
 
@@ -302,12 +307,13 @@ def calibration(config: ConfigDict) -> Comparison:
     min-max; no bar. (A grid over width and shift of an asymmetric range has 12,800 candidates.)"""
     setup = _Setup.make(FrozenConfigDict(config))
     grid, brent = estimator("mse", candidates=config.candidates), estimator("mse_brent")
-    searched = policy(symmetric(8, estimator=grid), asymmetric(8, estimator=brent))
+    activations = {"**": asymmetric(8), config.calibration_searched: asymmetric(8, estimator=brent)}
+    searched = policy(symmetric(8, estimator=grid), activations)
     model, data = setup.model.clone(policy=searched), [inputs(setup.model, setup.batch)]
     return Comparison(
         lambda: calibrate(model, setup.params, data),
         lambda: setup.quantized()[1],
-        "MSE search everywhere",
+        f"MSE search, activations {config.calibration_searched}",
         "minimum and maximum",
         config.calibration_rounds,
     )
@@ -459,8 +465,9 @@ def run(config: ConfigDict, workdir: str | Path = "", only: Sequence[str] = ()) 
         if only and name not in only:
             continue
         comparison = compare(config)
-        rows += rows_of(name, comparison, measure(comparison.a, comparison.b, comparison.rounds))
-        print(f"{name}: {rows[-1][COLUMNS.index('ratio')]:.3f}", file=sys.stderr, flush=True)
+        measured = rows_of(name, comparison, measure(comparison.a, comparison.b, comparison.rounds))
+        print(f"{name}: {measured[0][COLUMNS.index('ratio')]:.3f}", file=sys.stderr, flush=True)
+        rows += measured
     table = Table(COLUMNS, rows, FORMATS, title="medians over rounds; spread: least and greatest ratio of a round")
     print(table.markdown(), end="")
     if workdir:
