@@ -22,9 +22,7 @@ flags.DEFINE_bool("smoke", False, "Tiny sizes: short for --config=configs/benchm
 
 def main(config, workdir: str) -> None:
     """Measures and prints; with `--workdir`, saves the table too."""
-    if flags.FLAGS.rounds:
-        config.rounds = config.search_rounds = flags.FLAGS.rounds
-    benchmark.run(config, workdir, only=flags.FLAGS.only)
+    benchmark.run(config, workdir, flags.FLAGS.only, flags.FLAGS.rounds or 0)
 
 
 if __name__ == "__main__":

@@ -313,7 +313,7 @@ def calibration(config: ConfigDict) -> Comparison:
     return Comparison(
         lambda: calibrate(model, setup.params, data),
         lambda: setup.quantized()[1],
-        f"MSE search, activations {config.calibration_searched}",
+        f"MSE search, weights and activations {config.calibration_searched}",
         "minimum and maximum",
         config.calibration_rounds,
     )
@@ -440,13 +440,14 @@ COMPARISONS: dict[str, Callable[[ConfigDict], Comparison]] = {
 }
 
 
-def run(config: ConfigDict, workdir: str | Path = "", only: Sequence[str] = ()) -> Table:
+def run(config: ConfigDict, workdir: str | Path = "", only: Sequence[str] = (), rounds: int = 0) -> Table:
     """Measures, prints and, with a `workdir`, saves `benchmark.md`, `benchmark.csv` and `environment.txt`.
 
     Args:
       config: from `configs/benchmark.py`.
       workdir: where to save; empty: nowhere.
       only: names of `COMPARISONS`, in any order; empty: all.
+      rounds: of every row, if positive; else as the configuration has them.
 
     Returns:
       The table, its rows in the order of `COMPARISONS`.
@@ -465,7 +466,7 @@ def run(config: ConfigDict, workdir: str | Path = "", only: Sequence[str] = ()) 
         if only and name not in only:
             continue
         comparison = compare(config)
-        measured = rows_of(name, comparison, measure(comparison.a, comparison.b, comparison.rounds))
+        measured = rows_of(name, comparison, measure(comparison.a, comparison.b, rounds or comparison.rounds))
         print(f"{name}: {measured[0][COLUMNS.index('ratio')]:.3f}", file=sys.stderr, flush=True)
         rows += measured
     table = Table(COLUMNS, rows, FORMATS, title="medians over rounds; spread: least and greatest ratio of a round")
