@@ -23,6 +23,7 @@ def get_config(arg: str = "full"):
     config.candidates = 100
     config.rounding_iterations = 10_000
     config.rounding_rounds = config.calibration_rounds = 1  # a minute each
+    config.calibration_searched = "**"  # activations whose ranges are searched; of the others, minimum and maximum
     config.model = ConfigDict(
         dict(vocab_size=30522, hidden_size=384, num_layers=6, num_heads=12, intermediate_size=1536, max_positions=512)
     )
@@ -32,16 +33,20 @@ def get_config(arg: str = "full"):
         dict(hidden_size=128, num_layers=4, decoder_layers=4, num_heads=4, intermediate_size=256)
     )
     # As large as R8's graph: 15,362 nodes, about 3.5 million entries.
-    config.graph = ConfigDict(dict(nodes=15362, pairs=1_880_000, features=256, rounds=5))
+    config.graph = ConfigDict(dict(nodes=15362, pairs=1_880_000, features=256, classes=8, rounds=5))
+    # A fifth of R8's words: the plain loop takes seconds.
+    config.graph.corpus = ConfigDict(dict(documents=1500, words=66, vocabulary=7000, window=20, rounds=3))
     if arg == "smoke":
         config.graph.update(nodes=40, pairs=200, features=8, rounds=1)
+        config.graph.corpus.update(documents=5, words=8, vocabulary=20, window=4, rounds=1)
         config.rounds = 2
         config.search_rounds = 2
         config.batch = 2
         config.tokens = 8
         config.candidates = 5
         config.rounding_iterations = 20
-        config.decode.update(batch=2, tokens=6, limit=9, prefix_multiple=4, beam=2, rounds=1, vocabulary=40)
+        config.calibration_searched = "z"  # every search is compiled by itself
+        config.decode.update(batch=2, tokens=6, limit=6, prefix_multiple=4, beam=2, rounds=1, vocabulary=40)
         config.decode.model.update(hidden_size=16, num_layers=1, decoder_layers=1, num_heads=2, intermediate_size=32)
         config.model.update(vocab_size=64, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32)
     return config

@@ -13,6 +13,7 @@ from absl import flags
 
 from qtx.experiments import benchmark
 from qtx.experiments.app import launch
+from qtx.experiments.measuring import pin_to_one_core
 
 flags.DEFINE_list("only", [], f"Rows to measure, of: {', '.join(benchmark.COMPARISONS)}; all by default.")
 flags.DEFINE_integer("rounds", None, "Overrides the rounds of every row.", lower_bound=1)
@@ -21,11 +22,9 @@ flags.DEFINE_bool("smoke", False, "Tiny sizes: short for --config=configs/benchm
 
 def main(config, workdir: str) -> None:
     """Measures and prints; with `--workdir`, saves the table too."""
-    if flags.FLAGS.rounds:
-        config.rounds = config.search_rounds = flags.FLAGS.rounds
-    benchmark.run(config, workdir, only=flags.FLAGS.only)
+    benchmark.run(config, workdir, flags.FLAGS.only, flags.FLAGS.rounds or 0)
 
 
 if __name__ == "__main__":
-    benchmark.pin_to_one_core()
+    pin_to_one_core()
     launch(main, "configs/benchmark.py" + (":smoke" if "--smoke" in sys.argv else ""), "")

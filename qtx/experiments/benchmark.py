@@ -1,27 +1,17 @@
-"""What quantization costs: pairs of programs, measured in turn in one process, against their bars.
+"""What quantization costs: pairs of programs, measured in turn (`qtx.experiments.measuring`), against their bars.
 
     run(config, workdir="", only=["train-fixed"])
 
-Machines are noisy, so nothing here is an absolute time. The two sides of a pair run alternately (A B A B ...), each round
-gives one ratio, and the median of the rounds is reported with their spread. On a CPU the clock is the CPU time of the
-process, which other processes do not add to; it is fair only on one core (waiting threads spin), so the process is pinned
-before JAX starts (`pin_to_one_core`). On an accelerator the clock is wall time to `block_until_ready`.
-
-Temporary memory is what the compiler reserves besides arguments and results (`memory_analysis`). It is exact: such rows
-have one ratio and no seconds. A bar that does not hold is reported, never raised; results that differ are an error.
+A bar that does not hold is reported, never raised; results that differ are an error. Rows about text graphs are in
+`qtx.experiments.benchmark_graphs`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +19,25 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse
 from flax import traverse_util
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from qtx.errors import UserError, near_misses
+from qtx.experiments.benchmark_graphs import dynamic_step, graph_build, graph_product, static_step
+from qtx.experiments.measuring import (
+    COLUMNS,
+    FORMATS,
+    Bar,
+    Comparison,
+    Memory,
+    Program,
+    environment,
+    measure,
+    random_batch,
+    rows_of,
+    temporary_memory,
+    train_program,
+)
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound, Data, Layer, optimise, temperature
 from qtx.methods.calibrate import calibrate
@@ -43,148 +47,11 @@ from qtx.nn.aliases import policy
 from qtx.nn.bert import MASKED, BertClassifier, BertConfig
 from qtx.nn.decoding import Cache, Decoded, Markers, beam_step, begin_beam, end_beam, translate
 from qtx.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from qtx.nn.graph import Layout, adjacency, propagate
 from qtx.nn.layers import Dense
 from qtx.quant import Spec, asymmetric, estimate, estimator, per_channel, per_tensor, symmetric
 from qtx.quant import rounding as quant_rounding
-from qtx.train.optimizer import make_optimizer
-from qtx.train.phase import Phase, Span, inputs, make_state, make_step
+from qtx.train.phase import Phase, inputs
 from qtx.train.report import Table
-
-Program = Callable[[], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Bar:
-    """A ratio to keep to: at most `limit`, or at least, for speed-ups."""
-
-    limit: float
-    at_least: bool = False
-
-    def holds(self, ratio: float) -> bool:
-        """Whether a measured ratio keeps to the bar."""
-        return ratio >= self.limit if self.at_least else ratio <= self.limit
-
-    def __str__(self) -> str:
-        return f"at {'least' if self.at_least else 'most'} {self.limit:g}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes of A held against bytes of B, with what each is and the bar for A/B."""
-
-    a: int
-    b: int
-    a_is: str
-    b_is: str
-    bar: Bar
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Two programs to measure.
-
-    Attributes:
-      a: what is judged.
-      b: what it is held against.
-      a_is: description of A.
-      b_is: description of B.
-      bar: for A/B, or for B/A if it is a speed-up (`at_least`); None: for information.
-      memory: compared besides.
-      rounds: how often both are run.
-    """
-
-    a: Program
-    b: Program
-    a_is: str
-    b_is: str
-    rounds: int
-    bar: Bar | None = None
-    memory: Memory | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds of A and of B in each round."""
-
-    a: tuple[float, ...]
-    b: tuple[float, ...]
-
-    def ratios(self, speedup: bool = False) -> list[float]:
-        """Returns A/B of every round, or B/A for a speed-up."""
-        return [b / a if speedup else a / b for a, b in zip(self.a, self.b, strict=True)]
-
-
-def pin_to_one_core() -> None:
-    """Keeps this process on one of its cores; to be called before JAX makes its threads. Does nothing but on Linux."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-
-
-def default_clock() -> Callable[[], float]:
-    """Returns CPU time on a CPU, wall time on an accelerator."""
-    return time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-
-
-def measure(a: Program, b: Program, rounds: int, clock: Callable[[], float] | None = None) -> Timing:
-    """Runs two programs in turn, after one unmeasured run of each.
-
-    Args:
-      a: returns what is to be waited for (any pytree of arrays).
-      b: likewise.
-      rounds: how often.
-      clock: seconds; by default `default_clock()`.
-    """
-    clock = clock or default_clock()
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for number in range(rounds + 1):
-        for program, taken in zip((a, b), seconds, strict=True):
-            start = clock()
-            jax.block_until_ready(program())
-            if number:
-                taken.append(clock() - start)
-    return Timing(tuple(seconds[0]), tuple(seconds[1]))
-
-
-COLUMNS = ("row", "A", "B", "A seconds", "B seconds", "ratio", "spread", "bar", "holds")
-FORMATS = {"A seconds": ".4f", "B seconds": ".4f", "ratio": ".3f"}
-
-
-def rows_of(name: str, comparison: Comparison, timing: Timing) -> list[list[Any]]:
-    """Returns the table rows of one comparison: its time and, if it has one, its memory."""
-
-    def row(name: str, a: str, b: str, seconds: Sequence[float | None], ratios: Sequence[float], bar: Bar | None):
-        ratio = statistics.median(ratios)
-        spread = f"{min(ratios):.3f}-{max(ratios):.3f}" if len(ratios) > 1 else ""
-        verdict = "" if bar is None else "yes" if bar.holds(ratio) else "NO"
-        return [name, a, b, *seconds, ratio, spread, "" if bar is None else str(bar), verdict]
-
-    bar = comparison.bar
-    speedup = bar is not None and bar.at_least
-    seconds = [statistics.median(timing.a), statistics.median(timing.b)]
-    rows = [row(name, comparison.a_is, comparison.b_is, seconds, timing.ratios(speedup), bar)]
-    if (memory := comparison.memory) is not None:
-        a, b = (f"{what}, {size / 2**20:.1f} MiB" for what, size in ((memory.a_is, memory.a), (memory.b_is, memory.b)))
-        rows.append(row(f"{name} memory", a, b, [None, None], [memory.a / memory.b], memory.bar))
-    return rows
-
-
-def environment() -> dict[str, str]:
-    """Returns what the numbers depend on: device, clock, cores, load and versions."""
-    device = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
-    return {
-        "device": f"{device.device_kind} ({device.platform})",
-        "machine": f"{platform.machine()}, {cores} of {os.cpu_count()} cores",
-        "clock": "CPU time" if device.platform == "cpu" else "wall time",
-        "load": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown",
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
-# --- the programs
 
 
 class PlainBert(nn.Module):
@@ -246,17 +113,7 @@ class _Setup:
     @functools.lru_cache(1)
     def make(cls, config: FrozenConfigDict) -> _Setup:
         """Returns the setup for the sizes in `config`; the rows of one run share it."""
-        rng = np.random.default_rng(config.seed)
-        shape = config.batch, config.tokens
-        lengths = rng.integers(config.tokens // 2, config.tokens + 1, config.batch)
-        mask = np.arange(config.tokens) < lengths[:, None]
-        batch = dict(
-            input_ids=jnp.asarray(rng.integers(1, config.model.vocab_size, shape) * mask, jnp.int32),
-            attention_mask=jnp.asarray(mask, jnp.int32),
-            token_type_ids=jnp.zeros(shape, jnp.int32),
-            labels=jnp.asarray(rng.integers(0, 2, config.batch), jnp.int32),
-            weights=jnp.ones(config.batch, jnp.float32),
-        )
+        batch = random_batch(config)
         model = BertClassifier(BertConfig(**config.model, hidden_dropout=0.0, attention_dropout=0.0))
         params = jax.jit(model.init)(jax.random.key(config.seed), *inputs(model, batch))["params"]
         return cls(model, params, batch)
@@ -267,25 +124,23 @@ class _Setup:
         return model, calibrate(model, self.params, [inputs(model, self.batch)])
 
     def step(self, phase: Phase, ranges: Mapping[str, Any]) -> tuple[Program, int]:
-        """Returns the train step of the library as a program, and its temporary memory."""
-        steps = 10_000
-        optimizer = make_optimizer(phase.optimizer, steps)
-        state = make_state(phase, {"params": self.params, "ranges": ranges}, optimizer, 0, self.batch)
-        state = jax.tree.map(jnp.copy, state)  # the step takes its memory; the parameters are used again
-        step = make_step(phase, optimizer, 0, Span(0, 0, steps, steps))
-        compiled = jax.jit(step, donate_argnums=0).lower(state, self.batch, phase.constants).compile()
-
-        def program():
-            nonlocal state
-            state, measured = compiled(state, self.batch, phase.constants)
-            return measured
-
-        return program, _temporary(compiled)
+        """Returns the train step of a phase, see `train_program`."""
+        return train_program(phase, {"params": self.params, "ranges": ranges}, self.batch)
 
     @functools.cached_property
     def full_precision_step(self) -> tuple[Program, int]:
         """The step without a policy."""
         return self.step(Phase("benchmark", self.model), {})
+
+    @functools.cached_property
+    def student(self) -> Phase:
+        """Training of a ternary student with labels alone."""
+        return Phase("benchmark", self.model.clone(policy=student_policy()))
+
+    @functools.cached_property
+    def student_step(self) -> tuple[Program, int]:
+        """The student's step."""
+        return self.step(self.student, {})
 
     def forward(self, model: nn.Module, variables: Mapping[str, Any]) -> Program:
         """Returns the compiled forward pass as a program that gives the logits."""
@@ -297,11 +152,10 @@ class _Setup:
         compiled = jax.jit(logits)
         return lambda: compiled(variables, self.batch)
 
-
-def _temporary(compiled: Any) -> int:
-    """Bytes of temporary memory, 0 where the backend does not tell."""
-    analysis = compiled.memory_analysis()
-    return 0 if analysis is None else analysis.temp_size_in_bytes
+    @functools.cached_property
+    def full_precision_forward(self) -> Program:
+        """The forward pass without a policy."""
+        return self.forward(self.model, {"params": self.params})
 
 
 def train_step(config: ConfigDict, learned: bool) -> Comparison:
@@ -319,14 +173,14 @@ def train_step(config: ConfigDict, learned: bool) -> Comparison:
 def train_teacher(config: ConfigDict, schedule: str) -> Comparison:
     """The train step of a ternary student with its teacher, published losses, against the student's with labels alone."""
     setup = _Setup.make(FrozenConfigDict(config))
-    student = Phase("benchmark", setup.model.clone(policy=student_policy()))
+    student = setup.student
     teacher, losses = Teacher(setup.model, {"params": setup.params}), LOSS_SETS["teacher_intervention"]
     if schedule:
         taught = intervention_phase(student, teacher, schedule, losses)
     else:
         taught = distillation_phase(student, teacher, losses)
     a, _ = setup.step(taught, {})
-    b, _ = setup.step(student, {})
+    b, _ = setup.student_step
     a_is = f"ternary, distillation{f', interventions: {schedule}' if schedule else ''}"
     return Comparison(a, b, a_is, "ternary, labels", config.rounds, Bar(1.6))
 
@@ -338,7 +192,7 @@ def forward_plain(config: ConfigDict) -> Comparison:
       ArithmeticError: if their logits differ.
     """
     setup = _Setup.make(FrozenConfigDict(config))
-    a = setup.forward(setup.model, {"params": setup.params})
+    a = setup.full_precision_forward
     b = setup.forward(PlainBert(setup.model.config), {"params": plain_params(setup.params)})
     difference = float(jnp.max(jnp.abs(a() - b())))
     if not difference <= 1e-4:
@@ -351,7 +205,7 @@ def forward_quantized(config: ConfigDict) -> Comparison:
     setup = _Setup.make(FrozenConfigDict(config))
     model, ranges = setup.quantized()
     a = setup.forward(model, {"params": setup.params, "ranges": ranges})
-    b = setup.forward(setup.model, {"params": setup.params})
+    b = setup.full_precision_forward
     return Comparison(a, b, "W8A8 everywhere, fixed ranges", "full precision", config.rounds)
 
 
@@ -386,7 +240,7 @@ def search(config: ConfigDict, by_row: bool) -> Comparison:
     spec = symmetric(8, granularity, estimator=estimator("mse", candidates=config.candidates))
     compiled = jax.jit(estimate, static_argnums=0).lower(spec, x).compile()
     _check_search(x, spec, compiled(x).scale, loop_search(x, config.candidates, by_row) / 127)
-    memory, size = _temporary(compiled), 4 * x.size
+    memory, size = temporary_memory(compiled), 4 * x.size
     return Comparison(
         lambda: compiled(x),
         lambda: loop_search(x, config.candidates, by_row),
@@ -453,12 +307,13 @@ def calibration(config: ConfigDict) -> Comparison:
     min-max; no bar. (A grid over width and shift of an asymmetric range has 12,800 candidates.)"""
     setup = _Setup.make(FrozenConfigDict(config))
     grid, brent = estimator("mse", candidates=config.candidates), estimator("mse_brent")
-    searched = policy(symmetric(8, estimator=grid), asymmetric(8, estimator=brent))
+    activations = {"**": asymmetric(8), config.calibration_searched: asymmetric(8, estimator=brent)}
+    searched = policy(symmetric(8, estimator=grid), activations)
     model, data = setup.model.clone(policy=searched), [inputs(setup.model, setup.batch)]
     return Comparison(
         lambda: calibrate(model, setup.params, data),
         lambda: setup.quantized()[1],
-        "MSE search everywhere",
+        f"MSE search, weights and activations {config.calibration_searched}",
         "minimum and maximum",
         config.calibration_rounds,
     )
@@ -564,65 +419,6 @@ def decode(config: ConfigDict) -> Comparison:
     )
 
 
-@functools.lru_cache(1)
-def text_like_graph(nodes: int, pairs: int, seed: int) -> scipy.sparse.csr_array:
-    """Returns a random matrix `D^-1/2 (A + I) D^-1/2` with the profile of a text graph: some words have very many neighbours.
-
-    Args:
-      nodes: half of them words, whose frequencies fall as the root of their rank; the others are documents.
-      pairs: drawn in all, in the proportion of a graph of words and documents (R8); those drawn twice count once.
-      seed: of the draws.
-    """
-    rng = np.random.default_rng(seed)
-    words = nodes // 2
-    frequency = 1 / np.sqrt(np.arange(1, words + 1))
-    of_words = round(0.8 * pairs)
-
-    def drawn(count: int) -> np.ndarray:
-        return rng.choice(words, count, p=frequency / frequency.sum())
-
-    rows = np.concatenate([drawn(of_words), rng.integers(words, nodes, pairs - of_words)])
-    columns = drawn(pairs)
-    apart = rows != columns
-    weights = rng.uniform(0.1, 1, np.count_nonzero(apart))
-    found = scipy.sparse.coo_array((weights, (rows[apart], columns[apart])), shape=(nodes, nodes)).tocsr()
-    found = found.maximum(found.T) + scipy.sparse.eye_array(nodes, format="csr")
-    scale = scipy.sparse.diags_array(1 / np.sqrt(found.sum(1)))
-    return scipy.sparse.csr_array(scale @ found @ scale, dtype=np.float32)
-
-
-def graph_product(config: ConfigDict, layout: Layout) -> Comparison:
-    """`A x` and the gradient of `x`, on a graph in one layout, against the two products by SciPy.
-
-    Raises:
-      ArithmeticError: if the results differ.
-    """
-    c = config.graph
-    matrix = text_like_graph(c.nodes, c.pairs, config.seed)
-    x = np.random.default_rng(config.seed).standard_normal((2, c.nodes, c.features)).astype(np.float32)
-    graph, values = adjacency(matrix, layout), jnp.asarray(x)
-
-    def both(graph, x, g):
-        y, back = jax.vjp(lambda x: propagate(graph, x), x)
-        return y, back(g)[0]
-
-    compiled = jax.jit(both).lower(graph, *values).compile()
-    for ours, given in zip(compiled(graph, *values), x, strict=True):
-        if not (difference := float(np.max(np.abs(np.asarray(ours) - matrix @ given)))) <= 1e-4:
-            raise ArithmeticError(f"the product of a graph by {layout!r} and SciPy's differ by {difference:g}")
-    memory = Memory(_temporary(compiled), 100 * 2**20, f"temporary, {layout}", "bar", Bar(1.0))
-    is_default = type(graph) is type(adjacency(np.eye(1)))
-    return Comparison(
-        lambda: compiled(graph, *values),
-        lambda: [matrix @ each for each in x],
-        f"A x and its gradient, {layout}, {matrix.nnz:,} entries",
-        "SciPy, compressed rows",
-        c.rounds,
-        Bar(1.15) if is_default else None,
-        memory,
-    )
-
-
 COMPARISONS: dict[str, Callable[[ConfigDict], Comparison]] = {
     "train-fixed": lambda config: train_step(config, learned=False),
     "train-learned": lambda config: train_step(config, learned=True),
@@ -638,16 +434,20 @@ COMPARISONS: dict[str, Callable[[ConfigDict], Comparison]] = {
     "graph-csr": lambda config: graph_product(config, "csr"),
     "graph-buckets": lambda config: graph_product(config, "buckets"),
     "graph-edges": lambda config: graph_product(config, "edges"),
+    "graph-dynamic": dynamic_step,
+    "graph-static": static_step,
+    "graph-build": graph_build,
 }
 
 
-def run(config: ConfigDict, workdir: str | Path = "", only: Sequence[str] = ()) -> Table:
+def run(config: ConfigDict, workdir: str | Path = "", only: Sequence[str] = (), rounds: int = 0) -> Table:
     """Measures, prints and, with a `workdir`, saves `benchmark.md`, `benchmark.csv` and `environment.txt`.
 
     Args:
       config: from `configs/benchmark.py`.
       workdir: where to save; empty: nowhere.
       only: names of `COMPARISONS`, in any order; empty: all.
+      rounds: of every row, if positive; else as the configuration has them.
 
     Returns:
       The table, its rows in the order of `COMPARISONS`.
@@ -666,8 +466,9 @@ def run(config: ConfigDict, workdir: str | Path = "", only: Sequence[str] = ()) 
         if only and name not in only:
             continue
         comparison = compare(config)
-        rows += rows_of(name, comparison, measure(comparison.a, comparison.b, comparison.rounds))
-        print(f"{name}: {rows[-1][COLUMNS.index('ratio')]:.3f}", file=sys.stderr, flush=True)
+        measured = rows_of(name, comparison, measure(comparison.a, comparison.b, rounds or comparison.rounds))
+        print(f"{name}: {measured[0][COLUMNS.index('ratio')]:.3f}", file=sys.stderr, flush=True)
+        rows += measured
     table = Table(COLUMNS, rows, FORMATS, title="medians over rounds; spread: least and greatest ratio of a round")
     print(table.markdown(), end="")
     if workdir:

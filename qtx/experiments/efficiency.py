@@ -21,9 +21,9 @@ from qtx.analysis import efficiency_as_published as published
 from qtx.analysis import memory
 from qtx.analysis.tradeoffs import plot_costs
 from qtx.errors import UserError, near_misses
-from qtx.experiments.benchmark import environment, measure
 from qtx.experiments.classification import Classification
 from qtx.experiments.config import rounding_from
+from qtx.experiments.measuring import environment, measure
 from qtx.experiments.run import post_training_quantization
 from qtx.export.packed import WEIGHTS_FILE, packable, save_quantized
 from qtx.nn.bert import BertConfig

@@ -9,6 +9,7 @@ import pytest
 from qtx import quant
 from qtx.errors import UserError
 from qtx.nn import Dense, Embed, LayerNorm, policy
+from qtx.nn.layers import dropout
 
 rng = np.random.default_rng(0)
 
@@ -144,3 +145,19 @@ def test_per_channel_means_outputs():
 def test_groups_that_do_not_divide(groups, width, features):
     with pytest.raises(UserError, match=f"{groups} groups do not divide both widths, {width} and {features}"):
         jax.eval_shape(Dense(features, groups=groups).init, jax.random.key(0), jnp.zeros((1, width)))
+
+
+@pytest.mark.parametrize("width", [6, 5, 1])
+def test_dropout_draws_every_element_by_itself_at_its_rate(width):
+    class Dropped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return dropout(self, x, 0.25, False)
+
+    x = jnp.ones((4000, width))
+    y = np.asarray(Dropped().apply({}, x, rngs={"dropout": jax.random.key(0)}))
+    gone = y == 0
+    np.testing.assert_allclose(y[~gone], 1 / 0.75, rtol=1e-6)
+    np.testing.assert_allclose(gone.mean(0), 0.25, atol=0.03)  # four standard deviations
+    if width > 1:  # both halves of a word, and neighbouring words
+        np.testing.assert_allclose(np.corrcoef(gone.T) - np.eye(width), 0, atol=0.07)
