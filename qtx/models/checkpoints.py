@@ -93,7 +93,7 @@ def locate(name: str) -> Path:
         known, made = ", ".join(PACKAGED), ", ".join(ARCHITECTURES)
         raise UserError(
             f"checkpoint {name!r} is neither a directory nor to be had from the Hugging Face hub ({reason}); "
-            f"give a local directory, one of the packaged models: {known}, or, to train, one made from nothing: {made}"
+            f"give a directory, a packaged model ({known}), or, to train, one made from nothing: {made}"
         ) from None
 
 

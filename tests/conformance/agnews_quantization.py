@@ -332,7 +332,7 @@ def classifier_fully_quantized(case):
         out, state = model.apply({"params": params} | state, *arguments(given, step), mutable=["ranges", "observers"])
         close(out.logits, want[f"logits{step}"], tolerance)
         seen = traverse_util.flatten_dict(state["observers"], sep="/")
-        ends = [[float(end[0]) for end in seen[site_of(name)]] for name in p["sites"]]
+        ends = [[float(end[0]) for end in seen[site_of(name)][:2]] for name in p["sites"]]
         np.testing.assert_allclose(ends, want["ranges"][step], rtol=1e-4, atol=1e-5)
 
     def loss(params):

@@ -15,7 +15,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from qtx.errors import UserError
-from qtx.experiments import compare, plan, run, study, sweep
+from qtx.experiments import compare, plan, study, sweep
+from qtx.experiments.classification import Classification
 from qtx.experiments.config import base, changed, policy_from, sweeping
 from qtx.experiments.plan import ENTRIES, parse_axis, parse_range, parse_seeds
 from qtx.experiments.sweep import STORAGE_FILE, command_of, with_fields
@@ -495,7 +496,7 @@ def test_full_precision_ptq_and_qat_from_one_model_that_was_interrupted(tiny_con
     config.sweep = sweeping(rows=rows, seeds=(7,))
     config.log_every = 1
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "save_trained", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Classification, "save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         sweep.sweep(config, tmp_path)
     before = read_metrics(tmp_path / "FP32/seed_7")
     assert [line["step"] for line in before] == [1, 2, 3, 4]

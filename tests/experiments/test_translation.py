@@ -188,7 +188,7 @@ def test_the_objective_and_the_kind_of_experiment_follow_the_task(corpus):
     config.translation.update(label_smoothing=0.2, divisor="rows")
     experiment = setup(config)
     assert isinstance(experiment, Translation) and set(CORPORA) < set(TASKS)
-    assert experiment.objective == TranslationLoss(0.2, "rows", 1)
+    assert experiment.training()["objective"] == TranslationLoss(0.2, "rows", 1)
     batch = experiment.batches("train", 128, shuffle=True, epochs=None)[0]
     assert batch["source_ids"].shape[0] == len(batch["weights"]) and (batch["target_ids"][:, 0] == 2).any()
     assert len(experiment.calibration_batches()) == 1

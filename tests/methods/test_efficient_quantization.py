@@ -91,7 +91,7 @@ def test_rules_are_written_only_for_what_differs():
 
     assert patterns() == ["**"]
     assert patterns({"y1": 16}) == ["**", "encoder/layer_1/ffn/residual", "decoder/layer_1/ffn/residual"]
-    logits = ["classifier/output", "classifier/out/output", "generator/output"]
+    logits = ["classifier/output", "classifier/out/output", "distillation_classifier/output", "generator/output"]
     assert patterns({"C": 16}, setup="FP_logits") == ["**", *logits]
 
 
