@@ -15,7 +15,7 @@ from typing import Literal
 from qtx.errors import UserError
 from qtx.nn.aliases import ALIASES, expand, policy
 from qtx.quant.policy import Kind, Policy, Rule, matches
-from qtx.quant.spec import Granularity, Search, Spec, per_embedding, per_group
+from qtx.quant.spec import ESTIMATORS, Granularity, Search, Spec, estimator, per_embedding, per_group
 
 Value = int | str | None
 
@@ -25,7 +25,8 @@ def with_value(spec: Spec, value: Value) -> Spec | None:
 
     Args:
       spec: what the site has so far.
-      value: number of bits, `'fp32'`, `'per_embd'`, `'ng6'` (six groups), `'ngp6'` (six permuted groups) or None (leave).
+      value: number of bits, `'fp32'`, `'per_embd'`, `'ng6'` (six groups), `'ngp6'` (six permuted groups), the name of a range
+        estimator (`'cross_entropy'`, which is for logits) or None (leave).
 
     Raises:
       UserError: on any other value.
@@ -38,10 +39,14 @@ def with_value(spec: Spec, value: Value) -> Spec | None:
         return dataclasses.replace(spec, bits=value)
     if value == "per_embd":
         return dataclasses.replace(spec, granularity=per_embedding())
+    if value in ESTIMATORS:
+        return dataclasses.replace(spec, estimator=estimator(str(value), padding=spec.estimator.padding))
     groups = re.fullmatch(r"ng(p?)(\d+)", str(value))
     if groups:
         return dataclasses.replace(spec, granularity=per_group(int(groups[2]), permute=bool(groups[1])))
-    raise UserError(f"unknown quantization value {value!r}; give bits, 'fp32', 'per_embd', 'ng6' or 'ngp6'")
+    raise UserError(
+        f"unknown quantization value {value!r}; give bits, 'fp32', 'per_embd', 'ng6', 'ngp6' or one of {', '.join(ESTIMATORS)}"
+    )
 
 
 def policy_of(

@@ -55,6 +55,8 @@ def test_with_value():
     assert with_value(A, "ng6").granularity == quant.per_group(6)
     assert with_value(A, "ngp6").granularity == quant.per_group(6, permute=True)
     assert with_value(A, "ngp6").bits == 8 and with_value(A, "ngp6").estimator == A.estimator
+    logits = with_value(A, "cross_entropy").estimator
+    assert logits.loss == "cross_entropy" and logits.padding == A.estimator.padding
 
 
 @pytest.mark.parametrize("value", ["ng", "npg6", "ng6p", "16", 8.0, True, "FP32", "ng-1"])
