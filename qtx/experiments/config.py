@@ -273,7 +273,7 @@ def quantization() -> ConfigDict:
             "range_gradient": "plain",  # 'lsq': gradients of learned ranges are scaled by 1 / sqrt(n q_max)
             "padding": "ignore",  # 'include': padding counts in the ranges, as published
             "setup": "all",  # 'FP_logits', 'MSE_logits'
-            "overrides": "",  # of activations, Et, wP, wC: such as 'x=16, h=16, y=16', 'y=ngp6, Et=2, z1=fp32', 'C=cross_entropy'
+            "overrides": "",  # of activations, Et, wP, wC: such as 'x=16, h=16, y=ngp6', 'Et=2, z1=fp32, C=cross_entropy'
             "adaround": False,  # learned rounding of the weights of linear layers, see the section `adaround`
             "evaluation_rounding": "nearest",  # of weights that training rounds at random; 'drawn': once, with the seed
             "published_evaluation": False,  # of two studies: drawn in every call, no biases in quantized layers
