@@ -16,8 +16,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-# Tracing makes and drops many objects, and what it keeps is walked through with every collection: a twentieth of the time.
-gc.set_threshold(100_000, 20, 100)
+# Tracing makes and drops many objects, and walking through all that is kept takes seconds in the end: see `_collected`.
+gc.set_threshold(100_000, 20, 20)
 
 # The same examples every time, and no deadline: compiling is slow and machines are shared.
 settings.register_profile("qtx", deadline=None, derandomize=True)
@@ -60,6 +60,14 @@ def eight_devices() -> dict[str, str]:
 def pytest_collection_modifyitems(items):
     """Conformance goes first: workers steal from the end, and its whole models are shared with the test of all of them."""
     items.sort(key=lambda item: item.path.name != "test_conformance.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected():
+    """Behind every file garbage is collected, and what is left (compiled programs, most of it) is not looked at again."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
