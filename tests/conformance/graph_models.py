@@ -89,18 +89,11 @@ class Joint:
             found |= text
         return traverse_util.unflatten_dict({k: jnp.asarray(v) for k, v in found.items()}, sep="/")
 
-    def model(self, policy=None, mix: float | None = None) -> TextGraphClassifier:
-        hidden = len(
-            self.params("teacher" if "batch" in self.given and self.has_teacher else "param")["gcn"]["layer_0"][
-                "kernel"
-            ].T
-        )
-        graph = GraphConfig(self.sizes["lmbd"] if mix is None else mix, hidden, dropout=self.sizes["dropout"])
+    def model(self, policy=None) -> TextGraphClassifier:
+        """The model of the case's sizes; that of a teacher where there is one."""
+        hidden = len(self.tensor("lin.weight", "gcn.gcnconv1."))
+        graph = GraphConfig(self.sizes["lmbd"], hidden, dropout=self.sizes.get("dropout", 0.0))
         return TextGraphClassifier(self.config, policy=policy, graph=graph)
-
-    @property
-    def has_teacher(self) -> bool:
-        return any(name.startswith("teacher/") for name in self.given)
 
     def batch(self, index: Any) -> dict[str, jax.Array]:
         index = jnp.asarray(index, jnp.int32)
@@ -187,20 +180,10 @@ def compare(case, prefix: str, params: Any, floor=None) -> None:
         else:
             stem = stem.removeprefix("bert_model.")
             path = modules.get(stem) or modules[f"bert.{stem}"]
-        value = next(
-            flat[p]
-            for kind in (leaf, "kernel", "table", "scale")
-            if (p := f"{path}/{kind}") in flat and (kind != "bias" or leaf == "bias")
-        )
-        value = (
-            value.T
-            if leaf == "weight"
-            and expected.ndim == 2
-            and "table" not in str(path)
-            and value.shape != expected.shape
-            or (path + "/kernel" in flat and leaf == "weight")
-            else value
-        )
+        kinds = ("bias",) if leaf == "bias" else ("kernel", "table", "scale")
+        kind = next(kind for kind in kinds if f"{path}/{kind}" in flat)
+        value = flat[f"{path}/{kind}"]
+        value = value.T if kind == "kernel" else value
         close(case, name, value, None if floor is None else floor(path))
 
 
