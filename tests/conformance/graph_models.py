@@ -170,7 +170,7 @@ def compare(case, prefix: str, params: Any, floor=None) -> None:
     """Compares parameters, or their gradients, with the outputs below a prefix."""
     flat = traverse_util.flatten_dict(params, sep="/")
     modules = FAMILY.modules(BertConfig(num_layers=9))
-    for name, expected in case.values("outputs").items():
+    for name in case.values("outputs"):
         if not name.startswith(prefix):
             continue
         stem, _, leaf = name.removeprefix(prefix).rpartition(".")
