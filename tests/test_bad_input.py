@@ -30,7 +30,7 @@ from qtx.experiments.config import analysis, base, changed, policy_from, quantiz
 from qtx.experiments.graph import build as build_graph
 from qtx.experiments.plan import parse_axis, parse_range, parse_seeds
 from qtx.experiments.sweep import sweep
-from qtx.methods import outlier_suppression
+from qtx.methods import norm_migration, outlier_suppression
 from qtx.methods.calibrate import calibrate
 from qtx.methods.distillation import Teacher, distillation_phase
 from qtx.methods.teacher_intervention import Interventions, check_interventions, intervention_phase, two_steps
@@ -582,7 +582,7 @@ def test_learning_that_goes_backwards(tiny_config):
 
 def test_norms_that_cannot_migrate():
     family = models.get_family("mobilebert")
-    text = message(outlier_suppression.links, family.config_from_hf({}))
+    text = message(norm_migration.links, family.config_from_hf({}))
     assert "MobileBert" in text and "os+_as_published" in text
     model = BertClassifier(tiny.CONFIG)
     assert "calibration batches" in message(

@@ -35,7 +35,8 @@ from qtx.export.packed import save_quantized
 from qtx.files import write_text
 from qtx.methods.adaround import AdaRound, adaround, layers_to_round
 from qtx.methods.calibrate import calibrate, with_frozen_weights
-from qtx.methods.outlier_suppression import OutlierSuppression, links, suppress
+from qtx.methods.norm_migration import links
+from qtx.methods.outlier_suppression import OutlierSuppression, suppress
 from qtx.methods.qat import qat_phase
 from qtx.nn.describe import describe
 from qtx.nn.sites import SiteInfo, check_policy

@@ -61,7 +61,7 @@ class BertConfig:
       pooler: whether a dense layer with tanh, and dropout, stand before the classifier; without them it sees what was pooled
         as it is.
       shortcuts: residual branches have a scale and a shift for each channel, which undo what was taken out of the norm before
-        them (`qtx.methods.outlier_suppression`). Hidden states are scaled and shifted, too, the last one excepted.
+        them (`qtx.methods.norm_migration`). Hidden states are scaled and shifted, too, the last one excepted.
       logit_range: the logits are clamped to this range (regression of published quantized models: 0 to 5), or None.
     """
 

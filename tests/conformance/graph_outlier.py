@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qtx import quant
-from qtx.methods.outlier_suppression import Reader, folded, search_scale, thresholds
+from qtx.methods.norm_migration import Reader, folded, search_scale, thresholds
 from qtx.nn.layers import Dense, LayerNorm
 from qtx.quant import estimators
 from qtx.quant.spec import MinMax, Spec, asymmetric, per_channel

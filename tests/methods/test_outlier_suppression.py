@@ -9,6 +9,7 @@ from flax import traverse_util
 
 from qtx import models
 from qtx.errors import UserError
+from qtx.methods import norm_migration
 from qtx.methods import outlier_suppression as os
 from qtx.methods.calibrate import calibrate, with_frozen_weights
 from qtx.models import load
@@ -57,18 +58,18 @@ def test_migration_keeps_the_function(name):
     rng = np.random.default_rng(2)
     with jax.enable_x64(True):
         params = jax.tree.map(jnp.asarray, params)
-        moved, sizes = os.migrate(params, config, os.gains(params, config))
-        norms = [link.norm for link in os.links(config)]
+        moved, sizes = norm_migration.migrate(params, config, norm_migration.gains(params, config))
+        norms = [link.norm for link in norm_migration.links(config)]
         scales, shifts = ({norm: rng.uniform(*ends, 16) for norm in norms} for ends in ((1, 5), (-3, 3)))
-        twice, sizes = os.migrate(moved, sizes, scales, shifts)
+        twice, sizes = norm_migration.migrate(moved, sizes, scales, shifts)
     assert sizes == dataclasses.replace(config, shortcuts=True)
     close_in_float64(family, config, sizes, params, moved, rtol=1e-9, atol=1e-11)
     close_in_float64(family, config, sizes, params, twice, rtol=1e-9, atol=1e-11)
     for norm in norms:
-        found = os._at(moved, norm)
+        found = norm_migration.at(moved, norm)
         np.testing.assert_allclose(found["scale"], 1)
         with np.errstate(divide="ignore"):
-            before = os._at(params, norm)
+            before = norm_migration.at(params, norm)
             np.testing.assert_allclose(found["bias"], before["bias"] / before["scale"])
 
 
@@ -80,8 +81,8 @@ def test_gains_of_zero_stay_where_they_are():
     flat[f"{norm}/scale"][3] = 1e-30
     params = traverse_util.unflatten_dict(flat, sep="/")
     with jax.enable_x64(True):
-        gains = os.gains(params, config)
-        moved, sizes = os.migrate(jax.tree.map(jnp.asarray, params), config, gains)
+        gains = norm_migration.gains(params, config)
+        moved, sizes = norm_migration.migrate(jax.tree.map(jnp.asarray, params), config, gains)
     np.testing.assert_array_equal(gains[norm][:4], 1)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(moved))
     close_in_float64(family, config, sizes, params, moved, rtol=1e-9, atol=1e-11)
@@ -91,7 +92,7 @@ def test_a_model_that_migrated_is_saved_and_loaded(tmp_path):
     for name in ("bert", "albert"):
         family, config, params = made(name)
         params = jax.tree.map(jnp.float32, params)
-        moved, sizes = os.migrate(params, config, os.gains(params, config))
+        moved, sizes = norm_migration.migrate(params, config, norm_migration.gains(params, config))
         models.save(tmp_path / name, family, sizes, moved)
         back = load(str(tmp_path / name))
         assert back.config == sizes
@@ -101,18 +102,18 @@ def test_a_model_that_migrated_is_saved_and_loaded(tmp_path):
 def test_what_cannot_migrate():
     for name in ("mobilebert", "qtx_text_classifier"):
         with pytest.raises(UserError, match=r"cannot migrate.*Bert.*os\+_as_published"):
-            os.links(type(models.get_family(name).config_from_hf({}))())
+            norm_migration.links(type(models.get_family(name).config_from_hf({}))())
     _, config, params = made("bert")
     with pytest.raises(UserError, match="'encoder/layer_2/ffn/norm' cannot migrate"):
-        os.migrate(params, config, {"encoder/layer_2/ffn/norm": np.ones(16)})
+        norm_migration.migrate(params, config, {"encoder/layer_2/ffn/norm": np.ones(16)})
 
 
 def test_thresholds_fall_from_the_widest_value_to_one():
-    found = os.thresholds(np.array([-80.0, -1]), np.array([3.0, 70]))
+    found = norm_migration.thresholds(np.array([-80.0, -1]), np.array([3.0, 70]))
     assert found[0] == 80 and 1 <= found[-1] < 1.6 and len(found) in (140, 141)
     np.testing.assert_allclose(np.diff(found), -79 / 140, rtol=1e-4)
-    assert len(os.thresholds(np.array([-3.0]), np.array([9.0]))) in (100, 101)
-    np.testing.assert_array_equal(os.thresholds(np.array([-0.3]), np.array([0.9])), 1)
+    assert len(norm_migration.thresholds(np.array([-3.0]), np.array([9.0]))) in (100, 101)
+    np.testing.assert_array_equal(norm_migration.thresholds(np.array([-0.3]), np.array([0.9])), 1)
 
 
 def test_quantiles_that_are_tried():
