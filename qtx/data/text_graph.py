@@ -106,6 +106,11 @@ class TextGraph:
     fingerprint: str
 
     @property
+    def identity(self) -> str:
+        """Of texts and settings: what a model that was trained on the graph belongs to."""
+        return f"{self.fingerprint} {self.settings}"
+
+    @property
     def n_documents(self) -> int:
         """D, all documents."""
         return self.counts.shape[0]

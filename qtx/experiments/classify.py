@@ -27,6 +27,7 @@ from qtx.data.corpus import new_documents, words_kind
 from qtx.data.reading import read_text, standard_input
 from qtx.data.text_graph import TextGraph, attach, load_graph
 from qtx.errors import UserError
+from qtx.experiments.graph import GRAPH_FILE
 from qtx.experiments.graph_part import GraphPart, joint_policy, part_of
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
 from qtx.files import write_text
@@ -94,9 +95,12 @@ class Classifier:
         labels = models.read_labels(directory) or tuple(str(i) for i in range(count))
         part, text_graph = part_of(directory), None
         if part is not None:
-            text_graph = load_graph(graph or directory.parent / "graph.npz")
-            if text_graph.fingerprint != part.fingerprint:
-                raise UserError(f"{graph} is a graph of other documents than those that {name} was trained with")
+            path = Path(graph) if graph else directory.parent / GRAPH_FILE
+            text_graph = load_graph(path)
+            if text_graph.identity != part.graph:
+                raise UserError(
+                    f"{path} is a graph of other documents or settings than the one {name} was trained with"
+                )
         tokenizer = data.load_tokenizer(directory)
         own = () if count == 1 else labels
         return cls(text, variables, own, tokenizer, make_mesh(), max_length, part, text_graph)

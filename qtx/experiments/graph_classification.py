@@ -116,8 +116,10 @@ class GraphClassification(Classification):
         section = copy.deepcopy(self.config)
         section.model.update(name=str(directory), fresh_head=False)
         module, ranges, teacher = load_model(section, self.task.num_labels)
-        if part.fingerprint != self.graph.fingerprint:
-            raise UserError(f"bittransgnn.teacher: {directory} was trained on a graph of other documents than these")
+        if part.graph != self.graph.identity:
+            raise UserError(
+                f"bittransgnn.teacher: {directory} was trained on a graph of other documents or settings than these"
+            )
         sizes: Any = teacher.config
         kind: Any = teacher.family.module
         policy = joint_policy(module.policy, part)  # type: ignore[attr-defined]
@@ -257,7 +259,7 @@ class GraphClassification(Classification):
         section = self.config.graph
         words = words_kind(self.task, section.words)
         texts = (self.task.name, section.words, section.tokenizer if words == "basic" else "")
-        part = GraphPart(gcn_config, gcn, np.asarray(bank), self.graph.fingerprint, gcn_policy, *texts)
+        part = GraphPart(gcn_config, gcn, np.asarray(bank), self.graph.identity, gcn_policy, *texts)
         if not self.config.bittransgnn.graph:
             save_graph(self.graph, workdir / GRAPH_FILE)
         for name in ("model", "quantized"):

@@ -30,7 +30,7 @@ class GraphPart:
       config: of the graph convolution.
       params: its parameters, nested, below `gcn`.
       features: of all nodes `[N, D]`, as they were when the model was evaluated.
-      fingerprint: of the documents of its graph.
+      graph: identity of its graph, see `qtx.data.text_graph.TextGraph`.
       policy: of its sites alone.
       task: whose texts the graph is of.
       words: kind of words of the graph, see `qtx.data.corpus.make_corpus`.
@@ -40,7 +40,7 @@ class GraphPart:
     config: GraphConfig
     params: dict[str, Any]
     features: np.ndarray
-    fingerprint: str
+    graph: str
     policy: Policy = Policy()
     task: str = ""
     words: str = "basic"
@@ -52,7 +52,7 @@ class GraphPart:
         tensors = {f"gcn/{name}": np.asarray(value) for name, value in flat.items()} | {"features": self.features}
         record = {
             "config": dataclasses.asdict(self.config),
-            "fingerprint": self.fingerprint,
+            "graph": self.graph,
             "policy": policy_to_json(self.policy),
             "texts": [self.task, self.words, self.tokenizer],
         }
@@ -76,7 +76,7 @@ class GraphPart:
             params = traverse_util.unflatten_dict(gcn, sep="/")
             policy = policy_from_json(record["policy"])
             config = GraphConfig(**record["config"])
-            return cls(config, params, features, record["fingerprint"], policy, *record["texts"])
+            return cls(config, params, features, record["graph"], policy, *record["texts"])
         except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} cannot be read ({error}); is the file truncated?") from None
 

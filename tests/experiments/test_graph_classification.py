@@ -145,9 +145,10 @@ def test_distillation_learns_from_the_votes_of_the_teacher(run, tmp_path):
     np.testing.assert_allclose(found, votes, atol=1e-5)
     student = train_and_evaluate(config, tmp_path)
     assert not (tmp_path / "model" / GRAPH_PART).exists() and "gcn" not in student["params"]
-    config.data.limit_train = 20
-    with pytest.raises(UserError, match="graph of other documents"):
-        setup(config)
+    for section, field, value in ((config.graph, "adj_type", "no_doc"), (config.data, "limit_train", 20)):
+        section[field] = value
+        with pytest.raises(UserError, match="graph of other documents"):
+            setup(config)
 
 
 def test_online_distillation_trains_both(run, tmp_path):
