@@ -47,12 +47,12 @@ FEWER_SITES = ", ".join(f"{name}=fp32" for name in "qkvpcgxihz")
 def eight_devices() -> dict[str, str]:
     """Environment of a process with eight simulated devices.
 
-    Without the cache of compiled programs: on CPU, those that devices run together wait for each other for ever when they
-    come out of it (jaxlib 0.10.2).
+    Each device takes a thread of a pool, which has as many as there are devices (jaxlib 0.10.2). One that is taken by anything
+    else leaves programs in flight waiting for each other for ever; `NPROC` asks for a larger pool.
     """
     return {
         "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "NPROC": "16",
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
     }
 

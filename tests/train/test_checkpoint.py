@@ -15,6 +15,7 @@ from flax import struct
 
 from qtx.errors import UserError
 from qtx.train.checkpoint import Checkpoints
+from tests.conftest import eight_devices
 
 
 class Moments(NamedTuple):
@@ -258,7 +259,7 @@ def test_shardings_are_those_of_the_target(tmp_path):
         np.testing.assert_array_equal(restored["kernel"], state["kernel"])
         np.testing.assert_array_equal(jax.random.key_data(restored["keys"]), jax.random.key_data(state["keys"]))
         """,
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        **eight_devices(),
     )
     _, stderr = child.communicate()
     assert child.returncode == 0, stderr
