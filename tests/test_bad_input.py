@@ -26,7 +26,8 @@ from qtx.experiments import run
 from qtx.experiments.analyze import analyze
 from qtx.experiments.augment import augment
 from qtx.experiments.compare import compare
-from qtx.experiments.config import analysis, base, changed, policy_from, quantization, suppression_from, sweeping
+from qtx.experiments.config import analysis, base, changed, quantization, sweeping
+from qtx.experiments.from_config import policy_from, suppression_from
 from qtx.experiments.graph import build as build_graph
 from qtx.experiments.plan import parse_axis, parse_range, parse_seeds
 from qtx.experiments.sweep import sweep

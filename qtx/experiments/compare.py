@@ -20,8 +20,9 @@ from rich.console import Console
 from qtx import data
 from qtx.errors import UserError
 from qtx.experiments.classification import Classification, load_dataset
-from qtx.experiments.config import changed, policy_from, rounding_from, suppression_from
+from qtx.experiments.config import changed
 from qtx.experiments.experiment import VALIDATION, family_and_sizes
+from qtx.experiments.from_config import policy_from, rounding_from, suppression_from
 from qtx.experiments.run import (
     check_quantization,
     check_suppression,

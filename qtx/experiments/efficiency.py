@@ -22,7 +22,7 @@ from qtx.analysis import memory
 from qtx.analysis.tradeoffs import plot_costs
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import Classification
-from qtx.experiments.config import rounding_from
+from qtx.experiments.from_config import rounding_from
 from qtx.experiments.measuring import environment, measure
 from qtx.experiments.run import post_training_quantization
 from qtx.export.packed import WEIGHTS_FILE, packable, save_quantized

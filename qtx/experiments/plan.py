@@ -30,7 +30,8 @@ from ml_collections import ConfigDict
 from qtx.analysis.memory import totals, weight_memory
 from qtx.errors import UserError, near_misses
 from qtx.experiments.compare import baseline, compare
-from qtx.experiments.config import changed, policy_from
+from qtx.experiments.config import changed
+from qtx.experiments.from_config import policy_from
 from qtx.experiments.run import evaluate, quantize, train_and_evaluate
 
 Outcome = dict[str, dict[str, float]]

@@ -20,15 +20,9 @@ from ml_collections import ConfigDict
 
 from qtx import models
 from qtx.errors import UserError
-from qtx.experiments.config import (
-    evaluation_from,
-    optimizer_from,
-    phases_of,
-    policy_from,
-    rounding_from,
-    suppression_from,
-)
+from qtx.experiments.config import phases_of
 from qtx.experiments.experiment import VALIDATION, Experiment
+from qtx.experiments.from_config import evaluation_from, optimizer_from, policy_from, rounding_from, suppression_from
 from qtx.experiments.setup import setup
 from qtx.experiments.teaching import remaining_steps, taught
 from qtx.export.packed import save_quantized

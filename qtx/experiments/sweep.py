@@ -27,8 +27,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from qtx.errors import UserError
-from qtx.experiments.config import phases_of, policy_from, rounding_from, suppression_from, sweeping
+from qtx.experiments.config import phases_of, sweeping
 from qtx.experiments.experiment import family_and_sizes
+from qtx.experiments.from_config import policy_from, rounding_from, suppression_from
 from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
 from qtx.experiments.run import check_quantization, check_suppression
 from qtx.experiments.setup import sites_of

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from qtx import models
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import Classification
-from qtx.experiments.config import parse_overrides
 from qtx.experiments.experiment import Experiment
+from qtx.experiments.from_config import parse_overrides
 from qtx.methods.distillation import LOSS_SETS, LOSSES, Teacher, distillation_phase
 from qtx.methods.teacher_intervention import intervention_phase, untrained_padding
 from qtx.train.phase import Phase

@@ -14,7 +14,7 @@ from qtx.analysis import landscape, layer_errors
 from qtx.errors import UserError
 from qtx.experiments import analyze as module
 from qtx.experiments.analyze import analyze
-from qtx.experiments.config import policy_from
+from qtx.experiments.from_config import policy_from
 from qtx.methods.teacher_intervention import student_policy
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,8 @@ import pytest
 from qtx.errors import UserError
 from qtx.experiments.classification import load_dataset
 from qtx.experiments.compare import compare, tfidf_predictions
-from qtx.experiments.config import base, policy_from
+from qtx.experiments.config import base
+from qtx.experiments.from_config import policy_from
 from qtx.experiments.run import evaluate, quantize, train_and_evaluate
 from qtx.models import load
 

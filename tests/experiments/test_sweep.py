@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from qtx.errors import UserError
 from qtx.experiments import compare, plan, study, sweep
 from qtx.experiments.classification import Classification
-from qtx.experiments.config import base, changed, policy_from, sweeping
+from qtx.experiments.config import base, changed, sweeping
+from qtx.experiments.from_config import policy_from
 from qtx.experiments.plan import ENTRIES, parse_axis, parse_range, parse_seeds
 from qtx.experiments.sweep import STORAGE_FILE, command_of, with_fields
 from qtx.train.logging import read_metrics

@@ -12,7 +12,8 @@ import pytest
 import safetensors.numpy
 
 from qtx.errors import UserError
-from qtx.experiments.config import changed, policy_from
+from qtx.experiments.config import changed
+from qtx.experiments.from_config import policy_from
 from qtx.experiments.run import make_recipe, train_and_evaluate
 from qtx.experiments.setup import setup
 from qtx.experiments.teaching import losses_of, teacher_of

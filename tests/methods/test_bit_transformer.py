@@ -9,7 +9,8 @@ import pytest
 
 from qtx import quant
 from qtx.errors import UserError
-from qtx.experiments.config import policy_from, quantization
+from qtx.experiments.config import quantization
+from qtx.experiments.from_config import policy_from
 from qtx.methods.bit_transformer import activation_spec, bit_policy, weight_spec, without_linear_bias
 from qtx.models import FAMILIES
 from qtx.nn import BertClassifier, check_policy, list_sites

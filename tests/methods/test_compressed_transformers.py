@@ -4,7 +4,8 @@ import pytest
 
 from qtx import models, quant
 from qtx.errors import UserError
-from qtx.experiments.config import policy_from, quantization
+from qtx.experiments.config import quantization
+from qtx.experiments.from_config import policy_from
 from qtx.methods.compressed_transformers import PATTERNS
 from qtx.methods.patterns import pattern_policy
 from qtx.nn import check_policy

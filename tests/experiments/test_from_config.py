@@ -4,7 +4,8 @@ import pytest
 
 from qtx.errors import UserError
 from qtx.experiments.compare import bits_of
-from qtx.experiments.config import evaluation_from, parse_overrides, phase, policy_from, quantization
+from qtx.experiments.config import phase, quantization
+from qtx.experiments.from_config import evaluation_from, parse_overrides, policy_from
 
 POSITION = "encoder/embeddings/position/table"
 UP = "encoder/layer_1/ffn/up/kernel"
