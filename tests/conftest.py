@@ -23,11 +23,13 @@ gc.set_threshold(100_000, 20, 20)
 settings.register_profile("qtx", deadline=None, derandomize=True)
 settings.load_profile("qtx")
 
-# These emitters of code take longer than all else for small programs. XLA ends a process that gives it a flag it does not
-# know, so the flag is for the versions it was tried with. Conformance does with them.
+# These emitters of code take longer than all else for small programs, and splitting small programs for a pool of threads costs
+# more than it wins. XLA ends a process that gives it a flag it does not know, so the flags are for the versions they were tried
+# with. Conformance does with the emitters.
 EMITTERS = "xla_cpu_use_fusion_emitters"
 if jaxlib.__version__.startswith("0.10.") and EMITTERS not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{EMITTERS}=false".strip()
+    flags = (os.environ.get("XLA_FLAGS", ""), f"--{EMITTERS}=false", "--xla_cpu_parallel_codegen_split_count=1")
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 jax.config.update("jax_default_matmul_precision", "highest")
 # Many tests compile the same program, some of them in processes of their own. Small ones compile as fast as they load.

@@ -34,7 +34,8 @@ from jax.flatten_util import ravel_pytree
 from qtx.analysis.losses import Loss, bound
 from qtx.errors import UserError
 from qtx.train.logging import progress
-from qtx.train.report import INK, RUN_COLORS, Table, new_figure, save_figure
+from qtx.train.plots import INK, RUN_COLORS, new_figure, save_figure
+from qtx.train.report import Table
 
 _EPS = 1e-6  # of norms and of relative changes, as published
 _FAINTEST = 1e-10  # density that a plot shows, relative to the highest: less than one parameter in many millions

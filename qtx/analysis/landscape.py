@@ -26,7 +26,8 @@ from qtx.analysis.losses import Loss, bound, mean_loss
 from qtx.errors import UserError, near_misses
 from qtx.quant.policy import matches
 from qtx.train.logging import progress
-from qtx.train.report import INK, RUN_COLORS, Table, new_figure, save_figure
+from qtx.train.plots import INK, RUN_COLORS, new_figure, save_figure
+from qtx.train.report import Table
 
 Norms = Literal["inputs", "outputs"]
 POSITIONS = ("**/embeddings/position/table",)

@@ -36,7 +36,8 @@ from qtx.methods.distillation import (
 )
 from qtx.train.logging import progress
 from qtx.train.phase import Batch, inputs
-from qtx.train.report import INK, RUN_COLORS, Table, new_figure, save_figure
+from qtx.train.plots import INK, RUN_COLORS, new_figure, save_figure
+from qtx.train.report import Table
 
 QUANTITIES = ("hidden_states", "scores", "maps", "context", "self_output", "attention_output")
 

@@ -33,7 +33,8 @@ from qtx.nn.aliases import expand, short_name
 from qtx.nn.sites import SiteInfo
 from qtx.quant.policy import matches
 from qtx.train.logging import progress
-from qtx.train.report import ACCENT, AMBER, INK, Table, new_figure, save_figure
+from qtx.train.plots import ACCENT, AMBER, INK, new_figure, save_figure
+from qtx.train.report import Table
 
 
 class Statistics(NamedTuple):

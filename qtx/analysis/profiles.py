@@ -20,7 +20,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics.pairwise import cosine_distances
 
 from qtx.errors import UserError, near_misses
-from qtx.train.report import GREY, INK, new_figure, save_figure
+from qtx.train.plots import GREY, INK, new_figure, save_figure
 
 Method = Literal["pca", "tsne", "umap"]
 Profile = Literal["mean", "rsa"]

@@ -37,7 +37,8 @@ from qtx.nn.aliases import ALIASES, expand, short_name
 from qtx.nn.sites import SiteInfo, check_policy, list_sites
 from qtx.quant.policy import Kind, Policy, matches
 from qtx.train.logging import progress
-from qtx.train.report import ACCENT, AMBER, INK, Table, new_figure, save_figure
+from qtx.train.plots import ACCENT, AMBER, INK, new_figure, save_figure
+from qtx.train.report import Table
 
 FULL, ALL = "full precision", "everything"
 TABLES = {"leave_out": "all but {}", "only": "only {}"}

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from qtx.errors import UserError, near_misses
-from qtx.train.report import ACCENT, GREY, INK, RUN_COLORS, new_figure, save_figure
+from qtx.train.plots import ACCENT, GREY, INK, RUN_COLORS, new_figure, save_figure
 
 _STYLES = ("-o", "--s", "-.^", ":D", "-v", "--P")
 _MARKERS = ("s", "o", "*", "^", "D", "v", "P")

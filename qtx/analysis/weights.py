@@ -22,7 +22,8 @@ from qtx.errors import UserError
 from qtx.methods.calibrate import quantized_weights, weight_ranges
 from qtx.nn.sites import SiteInfo
 from qtx.quant.policy import Policy
-from qtx.train.report import ACCENT, GREY, INK, Table, new_figure, save_figure
+from qtx.train.plots import ACCENT, GREY, INK, new_figure, save_figure
+from qtx.train.report import Table
 
 _COLUMNS = ["weights", "values", "mean", "std", "min", "max", "zeros", "distinct"]
 _FORMATS = {"values": ",d", "mean": ".5f", "std": ".5f", "min": ".4f", "max": ".4f", "zeros": ".2%", "distinct": ",d"}

@@ -35,7 +35,8 @@ from qtx.methods.adaround import AdaRound
 from qtx.methods.outlier_suppression import OutlierSuppression
 from qtx.quant.policy import Policy
 from qtx.train import metrics
-from qtx.train.report import Table, plot_accuracy_against_size, save_config
+from qtx.train.plots import plot_accuracy_against_size
+from qtx.train.report import Table, save_config
 
 
 def baseline(config: ConfigDict, workdir: str | Path | None = None) -> dict[str, float]:

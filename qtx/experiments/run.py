@@ -39,7 +39,7 @@ from qtx.train.evaluation import Record
 from qtx.train.logging import read_metrics
 from qtx.train.loop import Saving, fit
 from qtx.train.phase import Phase
-from qtx.train.report import Table, check_config, plot_curves, save_config, training_curves
+from qtx.train.report import Table, check_config, save_config, training_curves
 
 
 def calibration_options(config: ConfigDict) -> dict[str, Any]:
@@ -162,6 +162,8 @@ def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
     if config.save_models:
         experiment.save(workdir, recipe[-1].model, policy, variables)
     if jax.process_index() == 0:  # which has the log
+        from qtx.train.plots import plot_curves  # takes a second to import
+
         curves = training_curves(read_metrics(workdir), [phase.name for phase in recipe], batches.batches_per_epoch)
         write_text(workdir / "curves.csv", curves.csv())
         plot_curves(curves, workdir / "curves.png")

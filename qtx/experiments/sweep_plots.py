@@ -15,7 +15,8 @@ from qtx.errors import UserError
 from qtx.experiments.plan import ANY, Trial
 from qtx.experiments.study import Attempt
 from qtx.experiments.sweep_report import Cell
-from qtx.train.report import Table, load_curves, plot_accuracy_against_size, plot_runs
+from qtx.train.plots import plot_accuracy_against_size, plot_runs
+from qtx.train.report import Table, load_curves
 
 
 def plot_sweep(

@@ -4,41 +4,55 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
-from sklearn import metrics as sk
 
 from qtx.errors import UserError, near_misses
 
+# Both libraries are imported where a metric is computed: they take a second, which every command would wait for.
 
-def _correlation(statistic: Callable) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Wraps a scipy correlation so that an undefined one is 0.
+
+def _agreement(function: str, **options: Any) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Returns a function of `sklearn.metrics` by its name."""
+
+    def metric(predictions: np.ndarray, labels: np.ndarray) -> float:
+        from sklearn import metrics
+
+        return getattr(metrics, function)(labels, predictions, **options)
+
+    return metric
+
+
+def _correlation(function: str) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Returns a correlation of `scipy.stats` by its name; one that is undefined is 0.
 
     A correlation with a constant (or a single value) is 0/0. A model that answers the same to everything has learnt
     nothing, which is what 0 says; a NaN would poison the mean over metrics and every comparison for the best step.
     """
 
     def correlation(predictions: np.ndarray, labels: np.ndarray) -> float:
+        from scipy import stats
+
         if len(labels) < 2:
             return 0.0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", stats.ConstantInputWarning)
             warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-            value = float(statistic(predictions, labels).statistic)
+            value = float(getattr(stats, function)(predictions, labels).statistic)
         return value if np.isfinite(value) else 0.0
 
     return correlation
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": lambda predictions, labels: sk.accuracy_score(labels, predictions),
-    "f1": lambda predictions, labels: sk.f1_score(labels, predictions, pos_label=1, zero_division=0.0),
-    "weighted_f1": lambda predictions, labels: sk.f1_score(labels, predictions, average="weighted", zero_division=0.0),
-    "matthews": lambda predictions, labels: sk.matthews_corrcoef(labels, predictions),
-    "pearson": _correlation(stats.pearsonr),
-    "spearman": _correlation(stats.spearmanr),
+    "accuracy": _agreement("accuracy_score"),
+    "f1": _agreement("f1_score", pos_label=1, zero_division=0.0),
+    "weighted_f1": _agreement("f1_score", average="weighted", zero_division=0.0),
+    "matthews": _agreement("matthews_corrcoef"),
+    "pearson": _correlation("pearsonr"),
+    "spearman": _correlation("spearmanr"),
 }
 """Functions of (predictions [N], labels [N]); `f1` is binary with positive class 1, `weighted_f1` the mean of that of
 every class, weighted by its number of labels, and the last two are for scores."""
