@@ -41,7 +41,7 @@ def tiny_sweep(**fields) -> ConfigDict:
 def runs(monkeypatch):
     """Entries that only note what they are given; a score is the seed / 10, minus 0.5 after quantization."""
     monkeypatch.setattr(sweep, "check_models", lambda trials: None)  # the model may not be there
-    monkeypatch.setattr(sweep, "plot_sweep", lambda *args: [])  # half a second each; tests of them are in test_sweep_plots
+    monkeypatch.setattr(sweep, "plot_sweep", lambda *args: [])  # see test_sweep_plots
     started = []
 
     def entry(config, workdir, lost=0.0):
