@@ -26,9 +26,6 @@ GOLDEN = Path(os.environ.get("QTX_GOLDEN_DIR") or Path(__file__).parent / "golde
 # Their tolerances are met by the code that users run, with all of the compiler's optimizations; it takes twice as long to make.
 OPTIMIZED = ("efficient-transformer-quantization",)
 
-# Projects without handlers yet, and the issue that brings them.
-PENDING_PROJECTS: dict[str, int] = {}
-
 
 @functools.cache
 def arrays(path: Path) -> dict[str, np.ndarray]:
@@ -113,8 +110,6 @@ def test_there_are_cases():
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=f"{case.project}/{case.id}") for case in CASES])
 def test_case(case: Case, optimized):
-    if case.project in PENDING_PROJECTS:
-        pytest.xfail(f"{case.project} waits for issue {PENDING_PROJECTS[case.project]}")
     handlers = importlib.import_module(f"tests.conformance.{case.project.replace('-', '_')}")
     assert case.kind in handlers.HANDLERS, f"no handler for kind {case.kind!r} of {case.project}"
     with optimized() if case.project in OPTIMIZED else contextlib.nullcontext():

@@ -21,6 +21,7 @@ from qtx.methods.bittransgnn import graph_loss
 from qtx.nn.graph import adjacency
 from qtx.nn.text_graph import StudentAndTeacher, TextGraphClassifier, mixture
 from tests.conftest import WORDS, make_tiny_config
+from tests.experiments.test_launch import get_config
 
 
 def write_corpus(directory, documents=60):
@@ -57,6 +58,15 @@ def run(tiny_checkpoint, tiny_data, tmp_path_factory):
     texts = write_corpus(root / "data")
     config = graph_config(tiny_checkpoint, tiny_data, root / "data")
     return config, root / "run", texts, train_and_evaluate(config, root / "run")
+
+
+def test_smoke(run, tmp_path):
+    tiny, *_ = run
+    config = get_config("bittransgnn", "mr+dynamic+smoke")
+    config.data.dir, config.model.name, config.model.fresh_head = tiny.data.dir, tiny.model.name, True
+    config.graph.update(tokenizer="", neighbours=4)
+    assert set(train_and_evaluate(config, tmp_path)["metrics"]) == set(config.recipe)
+    assert (tmp_path / "quantized").is_dir()
 
 
 def flat(tree):

@@ -16,6 +16,7 @@ from qtx.methods.distillation import Distillation
 from qtx.models import read_config
 from tests.conftest import FEWER_SITES
 from tests.data.test_images import encode, flat, write_mnist
+from tests.experiments.test_launch import get_config
 
 SIZES = dict(
     image_size=6,
@@ -51,6 +52,15 @@ def trained(tiny, tmp_path_factory):
     changes = {"phases.finetune.steps": 40, "phases.finetune.optimizer.learning_rate": 1e-2}
     found = train_and_evaluate(changed(tiny, changes, "test"), workdir)["metrics"]["finetune"]
     return changed(tiny, {"model.name": str(workdir / "model"), "model.fresh_head": False}, "test"), found
+
+
+def test_smoke(tiny, tmp_path):
+    config = get_config("vit", "smoke")
+    config.data.dir = tiny.data.dir
+    config.model.sizes.update(SIZES)
+    config.phases.finetune.epochs = 1.0
+    assert set(train_and_evaluate(config, tmp_path)["metrics"]) == set(config.recipe) == {"finetune", "qat"}
+    assert (tmp_path / "quantized" / "model.qtx.safetensors").is_file()
 
 
 def with_teacher(config, **changes):

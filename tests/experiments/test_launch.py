@@ -13,6 +13,7 @@ from qtx.experiments.compare import compare, tfidf_predictions
 from qtx.experiments.config import base
 from qtx.experiments.from_config import policy_from
 from qtx.experiments.run import evaluate, quantize, train_and_evaluate
+from qtx.experiments.sweep import sweep
 from qtx.models import load
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,7 @@ ARGUMENTS = {
     "efficient_transformer_quantization": ["table1", "mixed", "peg", "main", "low_bit", "minilm", "smoke"],
     "qat": ["w8a8", "w4a8", "w4a32", "w4a8_e2", "ternary", "smoke"],
     "quickstart": ["full", "smoke"],
-    "results": ["rte", "mrpc"],
+    "results": ["rte", "mrpc", "smoke"],
     "teacher_intervention": ["ternary", "gradual+quarter", "published_map", "glue", "cola", "smoke"],
     "translation": [
         "full_precision",
@@ -159,12 +160,33 @@ def test_outlier_suppression_leaves_a_model_to_go_on_from(trained, tmp_path):
     assert load(str(tmp_path / "model")).config.shortcuts
 
 
-def test_smoke_of_qat(tiny_config, tmp_path):
-    config = on_tiny(get_config("qat", "smoke"), tiny_config)
+@pytest.mark.parametrize("name", ["finetune", "qat", "teacher_intervention", "agnews"])
+def test_smoke_of_training(trained, tmp_path, name):
+    config = get_config(name, "smoke")
+    own = config.model.name
+    config = ready(trained, config)
     config.data.limit_train = config.data.limit_eval = 0
+    if name == "agnews":  # a model from nothing, with the tokenizer of a checkpoint
+        config.model.update(tokenizer=config.model.name, name=own, fresh_head=True)
+        config.evaluate_test = False
     result = train_and_evaluate(config, tmp_path)
-    assert set(result["metrics"]) == {"finetune", "qat"}
-    assert (tmp_path / "quantized" / "model.qtx.safetensors").is_file()
+    assert set(result["metrics"]) == set(config.recipe)
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "quantized" / "model.qtx.safetensors").is_file() == (name != "finetune")
+
+
+def test_smoke_of_ptq(trained, tmp_path):
+    config = ready(trained, get_config("ptq", "smoke"))
+    config.data.limit_train = config.data.limit_eval = 0
+    assert np.isfinite(quantize(config, tmp_path)["quantized"]["score"])
+
+
+def test_smoke_of_results(trained, tmp_path):
+    config = ready(trained, get_config("results", "smoke"))
+    config.data.limit_train = config.data.limit_eval = 0
+    report = sweep(config, tmp_path)
+    assert not report.missing
+    assert {"full precision", "W8A32 PTQ", "W8A8 PTQ"} <= {row[0] for row in report.table.rows}
 
 
 def test_compare_leaves_table_plot_and_models(tiny_config, tmp_path):

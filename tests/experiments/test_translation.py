@@ -19,6 +19,7 @@ from qtx.experiments.translation import TASKS, Translation
 from qtx.methods.translation import Decoding, TranslationLoss, translate_all
 from qtx.train.logging import read_metrics
 from tests.conftest import eight_devices
+from tests.experiments.test_launch import get_config
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = dict(zip("one two three four five six".split(), "eins zwei drei vier fünf sechs".split(), strict=True))
@@ -69,6 +70,13 @@ def trained(corpus, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     config = make_config(corpus)
     return config, workdir, train_and_evaluate(config, workdir)["metrics"]
+
+
+def test_smoke(corpus, tmp_path):
+    config = get_config("translation", "smoke")
+    config.task, config.data.pairs = "parallel", make_config(corpus).data.pairs
+    assert set(train_and_evaluate(config, tmp_path)["metrics"]) == set(config.recipe) == {"finetune", "qat"}
+    assert (tmp_path / "quantized" / "model.qtx.safetensors").is_file()
 
 
 def test_it_learns_and_stays_right_with_eight_bits(trained):
