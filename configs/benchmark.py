@@ -2,6 +2,8 @@
 
     python launch/benchmark.py --config.batch=8 --config.tokens=128
 
+Expected: every bar holds (the table in README.md). `--only=train-fixed` measures one pair.
+
 `smoke` shrinks everything: the same rows in seconds, whose times mean nothing.
 """
 

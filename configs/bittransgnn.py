@@ -25,6 +25,9 @@ The third line is direct separation: the encoder of a trained model on its own. 
 Settings follow the published ones (batches of 32, 128 tokens, 1e-3 for the convolution, tenth of the rates from half of the
 epochs on) but for epochs: 100 with patience there, as below here, which suits a CPU. Features are means over tokens, as this
 encoder was trained. `smoke` runs for seconds, on whatever task it stands behind.
+
+Expected of `mr` at 1.58 bits, accuracy on validation and test (one seed, three epochs of the encoder and one of the joint
+model): encoder 0.768 and 0.774, dynamic 0.758 and 0.783. The rest was not run.
 """
 
 from qtx.errors import UserError, near_misses

@@ -13,6 +13,9 @@ the given one does.
 
 Encoders whose norms stand behind the residual sums migrate: BERT, RoBERTa, DistilBERT, SqueezeBERT and, within its layers,
 ALBERT.
+
+Expected on film reviews, accuracy by plain ranges, `os` and `os+` (300 reviews, calibrated on 64; full precision 0.847): 8 bits
+0.837, 0.830, 0.850; 6 bits 0.790, 0.833, 0.833; 4 bits 0.530, 0.803, 0.563. One run; below four points nothing is shown.
 """
 
 import re
