@@ -1,4 +1,4 @@
-"""BitTransGNN: a low-bit encoder beside a graph convolution over a text graph; MiniLM on R8, MR, Ohsumed and MRPC.
+r"""BitTransGNN: a low-bit encoder beside a graph convolution over a text graph; MiniLM on R8, MR, Ohsumed and MRPC.
 
     python launch/build_graph.py --config=configs/bittransgnn.py:r8 --data_dir=DATA --workdir=runs/r8_graph
     python launch/sweep.py --config=configs/bittransgnn.py:r8+sweep --data_dir=DATA --workdir=runs/r8

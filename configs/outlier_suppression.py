@@ -1,4 +1,4 @@
-"""Outlier suppression: move outliers out of the activations of a trained encoder, then quantize it.
+r"""Outlier suppression: move outliers out of the activations of a trained encoder, then quantize it.
 
     python launch/quantize.py --config=configs/outlier_suppression.py:w6a6_os \
         --config.model.name=runs/film_reviews/model --workdir=runs/os

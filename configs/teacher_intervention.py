@@ -1,4 +1,4 @@
-"""Ternary transformers by distillation, and teacher intervention (Kim et al. 2023): MiniLM on GLUE.
+r"""Ternary transformers by distillation, and teacher intervention (Kim et al. 2023): MiniLM on GLUE.
 
     python launch/train.py --config=configs/finetune.py:rte --data_dir=DATA --workdir=runs/rte
     python launch/train.py --config=configs/teacher_intervention.py:gradual --config.model.name=runs/rte/model --data_dir=DATA \

@@ -1,4 +1,4 @@
-"""Translation with a quantized encoder-decoder, after "Compressed Transformers" (2020): Multi30k, English to German.
+r"""Translation with a quantized encoder-decoder, after "Compressed Transformers" (2020): Multi30k, English to German.
 
     python launch/train.py --config=configs/translation.py:full_precision --data_dir=DATA --workdir=runs/en_de
     python launch/train.py --config=configs/translation.py:attention_4 --data_dir=DATA --workdir=runs/attention_4

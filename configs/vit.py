@@ -1,4 +1,4 @@
-"""A small ViT on CIFAR-10 or MNIST: full precision, ternary, and ternary with teacher intervention.
+r"""A small ViT on CIFAR-10 or MNIST: full precision, ternary, and ternary with teacher intervention.
 
     python launch/train.py --config=configs/vit.py:cifar10 --data_dir=DATA --workdir=runs/cifar10
     python launch/quantize.py --config=configs/vit.py:cifar10 --config.model.name=runs/cifar10/model \

@@ -1,4 +1,4 @@
-"""Augment a task's training data with a masked language model and word vectors (TinyBERT's procedure), to train on it.
+r"""Augment a task's training data with a masked language model and word vectors (TinyBERT's procedure), to train on it.
 
     python launch/augment.py --config=configs/finetune.py:rte --data_dir=DATA --masked_lm=bert-base-uncased \
         --vectors=glove.840B.300d.txt --workdir=runs/rte_augmented

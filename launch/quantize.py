@@ -1,4 +1,4 @@
-"""Quantize a trained checkpoint without training: calibrate, quantize, validate, write the packed artifact.
+r"""Quantize a trained checkpoint without training: calibrate, quantize, validate, write the packed artifact.
 
     python launch/quantize.py --config=configs/ptq.py:w8a8 --config.model.name=runs/rte/model --config.task=rte \
         --data_dir=DATA --workdir=runs/rte_w8a8

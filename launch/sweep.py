@@ -1,4 +1,4 @@
-"""Sweep: grids, rows and seeds of any config file, or a search over ranges; one table of medians, resumed by the same command.
+r"""Sweep: grids, rows and seeds of any config file, or a search over ranges; one table of medians, resumed by the same command.
 
     python launch/sweep.py --config=configs/efficient_transformer_quantization.py:minilm --data_dir=DATA --workdir=runs/minilm
     python launch/sweep.py --config=configs/finetune.py:rte --data_dir=DATA --workdir=runs/rates --seeds=1000,1001,1002 \

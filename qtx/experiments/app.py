@@ -41,7 +41,8 @@ def _define_flags(default_config: str, default_workdir: str | None) -> None:
     config_flags.DEFINE_config_file(
         "config",
         str(root / default_config),
-        "Config file, with its argument after a colon (configs/finetune.py:rte). --config.FIELD=VALUE changes a field.",
+        "Config file, with its argument after a colon (configs/finetune.py:rte). --config.FIELD=VALUE changes a field; "
+        "qtx/experiments/config.py lists all fields, and what each means.",
     )
 
 
@@ -72,10 +73,13 @@ def run(entry: Callable[[], Any], define: Callable[[], None]) -> None:
         except Exception as error:  # whatever a config file raises, too
             _fail(error)
 
+    others = set(flags.FLAGS)
     try:
         define()
     except Exception as error:  # a config file and its overrides are read when the flag is defined
         _fail(error)
+    for name in set(flags.FLAGS) - others:  # --help shows the flags of the main module alone
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     app.run(main, flags_parser=parse)
 
 

@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from qtx.errors import UserError, near_misses
 from qtx.files import whole_file, write_text
-from qtx.models import text_classifier, vit
+from qtx.models import text_classifier, torch_file, vit
 from qtx.models.families import get_family
 from qtx.models.family import Family, ModelConfig
 from qtx.models.masked_lm import MASKED_LM, WORD_TABLE
@@ -87,7 +87,10 @@ def locate(name: str) -> Path:
 
     try:
         patterns = ["*.json", "*.txt", "*.model", "model*.safetensors"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        found = Path(snapshot_download(name, allow_patterns=patterns))
+        if not any(found.glob("model*.safetensors")):
+            snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
+        return found
     except Exception as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         known, made = ", ".join(PACKAGED), ", ".join(ARCHITECTURES)
@@ -144,23 +147,29 @@ def read_labels(directory: Path) -> tuple[str, ...]:
 
 
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({directory / name for name in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = [directory / "model.safetensors"]
-    tensors: dict[str, np.ndarray] = {}
-    for file in files:
-        if not file.is_file():
-            hint = ""
-            if (directory / "pytorch_model.bin").is_file():
-                hint = "; it holds pytorch_model.bin, which needs torch: save the model again as safetensors"
-            raise UserError(f"{file} does not exist{hint}")
-        try:
-            tensors |= safetensors.numpy.load_file(file)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read as safetensors ({error}); is the file truncated?") from None
-    return tensors
+    """Returns the tensors of a checkpoint: of its safetensors, whole or in parts, else of what torch saved."""
+    for whole, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", torch_file.load_file)):
+        index = directory / f"{whole}.index.json"
+        if index.is_file():
+            files = sorted({directory / name for name in _read_json(index)["weight_map"].values()})
+        elif (directory / whole).is_file():
+            files = [directory / whole]
+        else:
+            continue
+        tensors: dict[str, np.ndarray] = {}
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{file} does not exist, although {index.name} names it; is the download complete?")
+            tensors |= read(file)
+        return tensors
+    raise UserError(f"{directory / 'model.safetensors'} does not exist, nor does pytorch_model.bin")
+
+
+def _read_safetensors(file: Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(file)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as safetensors ({error}); is the file truncated?") from None
 
 
 def parameter_name(family: Family, config: ModelConfig, name: str) -> str | None:

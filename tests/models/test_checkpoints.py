@@ -278,9 +278,9 @@ def test_broken_config(saved):
 
 def test_no_weights(saved):
     (saved / "model.safetensors").unlink()
-    refuse(saved, "model.safetensors does not exist")
+    refuse(saved, "model.safetensors does not exist, nor does pytorch_model.bin")
     (saved / "pytorch_model.bin").write_bytes(b"")
-    refuse(saved, "save the model again as safetensors")
+    refuse(saved, "pytorch_model.bin cannot be read")
 
 
 @pytest.mark.parametrize(
