@@ -750,7 +750,8 @@ def test_phase_settings(tiny_config, tmp_path, monkeypatch, field, value, named)
 @pytest.mark.parametrize(
     ("argument", "named"),
     [
-        ("--config.phases.finetune.epoch=2", "epoch"),
+        ("--config.phases.finetune.epoch=2", "'phases.finetune.epoch'; did you mean 'phases.finetune.epochs'"),
+        ("--config.model.sizes.num_layers=2", "model.sizes=\"{'num_layers': ...}\""),
         ("--config.task=rtee", "'rtee'"),
         ("--config=configs/qat.py:w9", "'w9'"),
         ("--config=configs/nothing.py", "nothing.py"),
@@ -764,6 +765,13 @@ def test_launcher_ends_with_one_line_and_status_1(tmp_path, argument, named):
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("error: ") and named in line
     assert "Traceback" not in done.stderr
+
+
+def test_help_shows_the_flags_of_all_launchers_and_where_fields_are_explained():
+    command = [sys.executable, "launch/quantize.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    for words in ("--config:", "--workdir:", "--data_dir:", "qtx/experiments/config.py"):
+        assert words in done.stdout
 
 
 @pytest.fixture

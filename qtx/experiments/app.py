@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +17,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from qtx.errors import UserError
+from qtx.errors import UserError, near_misses
+from qtx.experiments.config import unknown_field
 
 
 def _fail(error: object) -> NoReturn:
@@ -28,6 +31,7 @@ def _fail(error: object) -> NoReturn:
 
 def _define_flags(default_config: str, default_workdir: str | None) -> None:
     root = Path(__file__).parents[2]
+    _check_config(sys.argv, str(root / default_config))
     flags.DEFINE_string("workdir", default_workdir, "Run directory; a run that was interrupted goes on there.")
     flags.DEFINE_string("data_dir", None, "Directory of data sets; else config.data.dir, else $QTX_DATA_DIR.")
     flags.DEFINE_bool(
@@ -46,6 +50,24 @@ def _define_flags(default_config: str, default_workdir: str | None) -> None:
     )
 
 
+def _check_config(argv: Sequence[str], config: str) -> None:
+    """Raises a `UserError` if the config file (`config` by default) does not exist, or a `--config.FIELD=VALUE` is no field of it."""
+    names = [found[1] for argument in argv if (found := re.match(r"--?config\.([\w.]+)(=|$)", argument))]
+    for number, argument in enumerate(argv):
+        if re.match(r"--?config(=|$)", argument):
+            config = argument.partition("=")[2] if "=" in argument else "".join(argv[number + 1 : number + 2])
+    path, _, setting = config.partition(":")
+    if not os.path.isfile(path):
+        near = near_misses(path, sorted(map(str, Path(path).parent.glob("*.py"))))
+        raise UserError(f"--config={config}: there is no file {path}{near}")
+    if not names:
+        return
+    fields = runpy.run_path(path)["get_config"](*[setting] * (":" in config))
+    for name in names:
+        if problem := unknown_field(fields, name):
+            raise UserError(f"--config.{name}: {problem}")
+
+
 def run(entry: Callable[[], Any], define: Callable[[], None]) -> None:
     """Parses the flags and calls `entry()`; bad input ends as one line and exit status 1.
 
@@ -61,10 +83,6 @@ def run(entry: Callable[[], Any], define: Callable[[], None]) -> None:
         try:
             entry()
         except UserError as error:
-            _fail(error)
-        except OSError as error:
-            if "failure to load" not in str(error):
-                raise
             _fail(error)
 
     def parse(argv: Sequence[str]) -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -293,12 +295,10 @@ def changed(config: ConfigDict, changes: Mapping[str, Any], what: str) -> Config
     """
     found = copy.deepcopy(config)  # keeps the types of fields that have no value yet
     for name, value in changes.items():
-        section = found
+        if problem := unknown_field(config, name):
+            raise UserError(f"{what}: {problem}")
         *path, last = name.split(".")
-        for part in path:
-            section = section[part] if isinstance(section, ConfigDict) and part in section else None
-        if not isinstance(section, ConfigDict) or last not in section:
-            raise UserError(f"{what}: there is no field {name!r}{near_misses(name, _names(config))}")
+        section = functools.reduce(operator.getitem, path, found)
         try:
             with section.unlocked():
                 if isinstance(section[last], ConfigDict):
@@ -309,6 +309,20 @@ def changed(config: ConfigDict, changes: Mapping[str, Any], what: str) -> Config
             reason = str(error).splitlines()[0]
             raise UserError(f"{what}: {name} cannot be {value!r} ({reason})") from None
     return found
+
+
+def unknown_field(config: ConfigDict, name: str) -> str:
+    """Returns what is to be said of a dotted name that is no field of a configuration; '' if it is one."""
+    section: Any = config
+    for number, part in enumerate(name.split(".")):
+        if isinstance(section, ConfigDict) and part in section:
+            section = section[part]
+            continue
+        if isinstance(section, ConfigDict) and not len(section):  # options, whose names are those of what they are for
+            whole, rest = ".".join(name.split(".")[:number]), ".".join(name.split(".")[number:])
+            return f"{whole} takes all its options at once: {whole}=\"{{'{rest}': ...}}\""
+        return f"there is no field {name!r}{near_misses(name, _names(config))}"
+    return ""
 
 
 def _names(config: ConfigDict, prefix: str = "") -> list[str]:
