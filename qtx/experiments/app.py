@@ -51,7 +51,7 @@ def _define_flags(default_config: str, default_workdir: str | None) -> None:
 
 
 def _check_config(argv: Sequence[str], config: str) -> None:
-    """Raises a `UserError` if there is no such config file (`config` by default), or no such field as `--config.FIELD` in it."""
+    """Raises a `UserError` if there is no such config file (`config` by default) or no such field in it."""
     names = [found[1] for argument in argv if (found := re.match(r"--?config\.([\w.]+)(=|$)", argument))]
     for number, argument in enumerate(argv):
         if re.match(r"--?config(=|$)", argument):
