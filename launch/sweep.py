@@ -40,7 +40,7 @@ def main(config, workdir: str) -> None:
         fields["grid"] = tuple(parse_axis(text) for text in given.grid)
     if given.range:
         fields["ranges"] = tuple(parse_range(text) for text in given.range)
-    if given.seeds:
+    if given.seeds is not None:
         fields["seeds"] = parse_seeds(given.seeds)
     sweep(
         with_fields(config, **fields),

@@ -39,9 +39,9 @@ from qtx.experiments.measuring import (
     train_program,
 )
 from qtx.files import write_text
-from qtx.methods.adaround import AdaRound, Data, Layer, optimise, temperature
 from qtx.methods.calibrate import calibrate
 from qtx.methods.distillation import LOSS_SETS, Teacher, distillation_phase
+from qtx.methods.layer_rounding import AdaRound, Data, Layer, optimise, temperature
 from qtx.methods.teacher_intervention import intervention_phase, student_policy
 from qtx.nn.aliases import policy
 from qtx.nn.bert import MASKED, BertClassifier, BertConfig

@@ -31,7 +31,7 @@ from qtx.experiments.run import (
     train,
 )
 from qtx.files import write_text
-from qtx.methods.adaround import AdaRound
+from qtx.methods.layer_rounding import AdaRound
 from qtx.methods.outlier_suppression import OutlierSuppression
 from qtx.quant.policy import Policy
 from qtx.train import metrics

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from qtx.errors import UserError, near_misses
-from qtx.methods.adaround import AdaRound
+from qtx.methods.layer_rounding import AdaRound
 from qtx.methods.outlier_suppression import OutlierSuppression
 from qtx.train.optimizer import OptimizerConfig
 

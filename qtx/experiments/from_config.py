@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from qtx.errors import UserError, near_misses
 from qtx.experiments.config import quantization
-from qtx.methods.adaround import AdaRound
 from qtx.methods.agnews_study import input_policy
 from qtx.methods.bit_transformer import bit_policy
 from qtx.methods.efficient_quantization import Value, policy_of, with_value
+from qtx.methods.layer_rounding import AdaRound
 from qtx.methods.outlier_suppression import OutlierSuppression, suppression_policy
 from qtx.methods.patterns import pattern_policy
 from qtx.methods.teacher_intervention import CLIP, student_policy

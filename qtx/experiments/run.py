@@ -27,8 +27,9 @@ from qtx.experiments.setup import setup
 from qtx.experiments.teaching import remaining_steps, taught
 from qtx.export.packed import save_quantized
 from qtx.files import write_text
-from qtx.methods.adaround import AdaRound, adaround, layers_to_round
+from qtx.methods.adaround import adaround, layers_to_round
 from qtx.methods.calibrate import calibrate, with_frozen_weights
+from qtx.methods.layer_rounding import AdaRound
 from qtx.methods.norm_migration import links
 from qtx.methods.outlier_suppression import OutlierSuppression, suppress
 from qtx.methods.qat import qat_phase

@@ -11,9 +11,9 @@ import numpy as np
 
 import qtx.nn as qnn
 from qtx import quant
-from qtx.methods import adaround
-from qtx.methods.adaround import AdaRound, temperature
+from qtx.methods import layer_rounding
 from qtx.methods.calibrate import calibrate
+from qtx.methods.layer_rounding import AdaRound, temperature
 from qtx.nn.bert import ACTIVATIONS
 from qtx.quant import grid, rounding, rows, search
 from qtx.quant.policy import Policy
@@ -380,8 +380,8 @@ def adaround_run(case):
         for name, function in (("fc1", ACTIVATIONS["gelu"]), ("fc2", None)):
             weight, others = jnp.asarray(given[f"{name}.weight"].T), {"bias": jnp.asarray(given[f"{name}.bias"])}
             module = qnn.Dense(weight.shape[1], function, dtype=jnp.float64)
-            layer = adaround.Layer(module if p["include_act"] else module.clone(activation=None), "kernel")
-            data = adaround.Data(jnp.asarray(given[f"{name}.inputs"]), jnp.asarray(given[f"{name}.targets"]))
+            layer = layer_rounding.Layer(module if p["include_act"] else module.clone(activation=None), "kernel")
+            data = layer_rounding.Data(jnp.asarray(given[f"{name}.inputs"]), jnp.asarray(given[f"{name}.targets"]))
             scale, zero = (np.reshape(given.get(f"{name}.{key}", 0.0), ()) for key in ("delta", "zero_float"))
             params = quant.QParams(
                 jnp.asarray(scale), jnp.asarray(zero), jnp.asarray(given.get(f"{name}.signed", False))
@@ -389,16 +389,16 @@ def adaround_run(case):
             np.testing.assert_allclose(layer(others, weight, full), data.targets, rtol=1e-4, atol=1e-5)
             if p["init"] != "range_estimator":
                 source = data._replace(inputs=full) if p["init"] == "mse_out" else data
-                error = functools.partial(adaround.column_errors, layer, others, data=source)
+                error = functools.partial(layer_rounding.column_errors, layer, others, data=source)
                 if p["init"] == "mse":
                     error = functools.partial(lambda w, q: jnp.square(q - w), weight)
-                found = adaround.search_scale(spec, weight, error, "tensor")
+                found = layer_rounding.search_scale(spec, weight, error, "tensor")
                 np.testing.assert_allclose(found.scale, params.scale, rtol=1e-5)
             temperatures = temperature(options, np.arange(1, p["iters"] + 1))
             trace = want[f"{name}.trace"]
             np.testing.assert_allclose(temperatures, trace[:, 2], rtol=1e-9)
             batches = jnp.asarray(given[f"{name}.batch_idx"].astype(np.int32))
-            relaxed = adaround.optimise(
+            relaxed = layer_rounding.optimise(
                 layer, spec, options, weight, others, params, data, batches, jnp.asarray(temperatures)
             )
             for part, rtol in ((50, tolerance["trace_rtol_first50"]), (None, tolerance["trace_rtol_all"])):

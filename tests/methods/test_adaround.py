@@ -10,8 +10,9 @@ from flax import traverse_util
 from qtx import quant
 from qtx.errors import UserError
 from qtx.methods import adaround as module
-from qtx.methods.adaround import AdaRound, adaround, search_scale, temperature
+from qtx.methods.adaround import adaround
 from qtx.methods.calibrate import calibrate, quantized_weights
+from qtx.methods.layer_rounding import AdaRound, search_scale, temperature
 from qtx.methods.layer_walk import make_stages, trace
 from qtx.nn import BertClassifier, Dense, list_sites, policy
 from qtx.quant.policy import Policy
