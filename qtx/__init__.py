@@ -10,7 +10,9 @@ batches, `qtx.train` the loop, `qtx.methods` what the papers add, `qtx.export` p
 """
 
 from qtx.errors import UserError
+from qtx.export.packed_file import load_packed, save_packed
 from qtx.methods.calibrate import calibrate
+from qtx.methods.qat import training_policy
 from qtx.models import load, save
 from qtx.nn import check_policy, list_sites, policy, site
 from qtx.nn.describe import describe
@@ -40,6 +42,7 @@ from qtx.quant import (
     ternary,
 )
 from qtx.quant.policy import Policy
+from qtx.train.partition import combine, partition
 
 __version__ = "0.1.0"
 __all__ = [
@@ -54,6 +57,7 @@ __all__ = [
     "binary",
     "calibrate",
     "check_policy",
+    "combine",
     "dequantize",
     "describe",
     "estimate",
@@ -63,7 +67,9 @@ __all__ = [
     "list_sites",
     "loss_aware",
     "load",
+    "load_packed",
     "magnitude",
+    "partition",
     "per_channel",
     "per_embedding",
     "per_group",
@@ -73,7 +79,9 @@ __all__ = [
     "policy",
     "quantize",
     "save",
+    "save_packed",
     "site",
     "symmetric",
     "ternary",
+    "training_policy",
 ]

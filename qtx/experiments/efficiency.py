@@ -25,7 +25,8 @@ from qtx.experiments.classification import Classification
 from qtx.experiments.from_config import rounding_from
 from qtx.experiments.measuring import environment, measure
 from qtx.experiments.run import post_training_quantization
-from qtx.export.packed import WEIGHTS_FILE, packable, save_quantized
+from qtx.export.packed import WEIGHTS_FILE, save_quantized
+from qtx.export.packed_file import packable
 from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo
 from qtx.quant.policy import Policy

@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from qtx import models
 from qtx.analysis.amplify import amplify
 from qtx.errors import UserError, near_misses
-from qtx.export.packed import WEIGHTS_FILE, load_quantized, packable, save_quantized
+from qtx.export.packed import WEIGHTS_FILE, load_quantized, save_quantized
+from qtx.export.packed_file import packable
 from qtx.methods.agnews_study import without_quantized_biases
 from qtx.methods.calibrate import with_frozen_weights
 from qtx.nn.bert import BertConfig

@@ -14,7 +14,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from qtx.errors import UserError
-from qtx.export.packed import policy_from_json, policy_to_json
+from qtx.export.policy_json import policy_from_json, policy_to_json
 from qtx.files import whole_file
 from qtx.nn.text_graph import GraphConfig
 from qtx.quant.policy import KINDS, Policy

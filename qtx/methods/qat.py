@@ -24,7 +24,7 @@ Ranges = Literal["learned", "fixed", "updated"]
 
 def training_policy(
     policy: Policy,
-    ranges: Ranges,
+    ranges: Ranges = "learned",
     weight_ranges: Ranges | None = None,
     backward: Literal["exact", "compact"] = "compact",
 ) -> Policy:

@@ -82,14 +82,18 @@ ALIASES: dict[Kind, dict[str, tuple[str, ...]]] = {
 
 
 def expand(kind: Kind, name: str) -> tuple[str, ...]:
-    """Returns the patterns that a short name stands for; anything with `/` or `*` is already a pattern."""
+    """Returns the patterns that a short name stands for; anything with `/` or `*` is already a pattern.
+
+    A `/` at the front is dropped: `/gain` is the site `gain` of the outermost module, and no short name.
+    """
     if "/" in name or "*" in name:
-        return (name,)
+        return (name.removeprefix("/"),)
     found = re.fullmatch(r"([A-Za-z_]+)(\d+)?", name)
     table = ALIASES[kind]
     if not found or found[1] not in table or (found[2] and "{i}" not in table[found[1]][0]):
         raise UserError(
-            f"unknown {kind} site {name!r}{near_misses(name, table)} (or write a pattern such as '**/ffn/**')"
+            f"unknown {kind} site {name!r}{near_misses(name, table)} "
+            f"(or write a pattern such as '**/ffn/**', or '/{name}' for a site at the top of the model)"
         )
     return tuple(pattern.replace("{i}", found[2] or "*") for pattern in table[found[1]])
 
@@ -123,7 +127,8 @@ def policy(
         policy(symmetric(8), {'**': asymmetric(8), 'y': asymmetric(16), 's': None})
 
     Args:
-      weights: spec, or ordered map from short names or patterns to specs (None: full precision).
+      weights: spec, or ordered map from short names or patterns to specs (None: full precision). A site of the outermost
+        module is `/name`.
       activations: likewise, for layer outputs and stand-alone nodes.
       inputs: likewise, for inputs of linear layers.
       precedence: see `qtx.quant.policy`.

@@ -19,11 +19,12 @@ import optax
 from flax import traverse_util
 
 from qtx.errors import UserError, near_misses
-from qtx.nn.sites import SiteInfo, list_sites
+from qtx.nn.sites import list_sites
 from qtx.quant.exact import divide
 from qtx.quant.policy import Policy, matches
 from qtx.train.evaluation import Evaluation
 from qtx.train.optimizer import OptimizerConfig
+from qtx.train.partition import is_trained
 
 Batch = Mapping[str, Any]  # named arrays, see qtx.data.batching
 Objective = Callable[["Forward", Batch, Any], tuple[Any, ...]]
@@ -200,21 +201,6 @@ class TrainState(flax.struct.PyTreeNode):
         return {"params": nested["params"], "ranges": nested.get("ranges", {}), **self.memory}
 
 
-def is_trained(phase: Phase, sites: Mapping[str, SiteInfo], name: str, value: Any) -> bool:
-    """Whether an array of the state, `params/...` or `ranges/...`, is trained in a phase."""
-    collection, _, path = name.partition("/")
-    if value is None or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        return False
-    if collection == "params":
-        return any(matches(pattern, path) for pattern in phase.trainable)
-    policy: Policy | None = phase.model.policy  # type: ignore[attr-defined]
-    site, _, field = path.rpartition("/")
-    spec = policy.spec(sites[site].kind, site) if policy is not None and site in sites else None
-    if spec is None or spec.range != "learned":
-        return False
-    return field == "scale" or (field == "zero_point" and spec.has_zero_point)
-
-
 def make_state(
     phase: Phase, variables: Mapping[str, Any], optimizer: optax.GradientTransformation, step: int, example: Batch
 ) -> TrainState:
@@ -225,7 +211,13 @@ def make_state(
         for collection in ("params", "ranges")
         for name, value in traverse_util.flatten_dict(variables.get(collection, {}), sep="/").items()
     }
-    trained = {name: value for name, value in flat.items() if is_trained(phase, sites, name, value)}
+    policy: Policy | None = phase.model.policy  # type: ignore[attr-defined]
+
+    def chosen(name: str) -> bool:
+        collection, _, path = name.partition("/")
+        return collection != "params" or any(matches(pattern, path) for pattern in phase.trainable)
+
+    trained = {name: v for name, v in flat.items() if chosen(name) and is_trained(policy, sites, name, v)}
     frozen = {name: value for name, value in flat.items() if name not in trained}
     return TrainState(jnp.int32(step), trained, frozen, {}, optimizer.init(trained))
 

@@ -11,8 +11,9 @@ from flax import traverse_util
 
 from qtx.analysis.memory import range_memory, weight_memory
 from qtx.errors import UserError
-from qtx.export import packed
-from qtx.export.packed import load_quantized, policy_from_json, policy_to_json, save_quantized
+from qtx.export import packed_file
+from qtx.export.packed import WEIGHTS_FILE, load_quantized, save_quantized
+from qtx.export.policy_json import policy_from_json, policy_to_json
 from qtx.methods.calibrate import calibrate, quantized_weights
 from qtx.models import FAMILIES
 from qtx.nn import BertClassifier, BertConfig, list_sites, policy
@@ -124,7 +125,7 @@ def test_round_trip(tmp_path, params, sites, ranges_of, name):
     weights = tuple(f"{site}/" for site, info in sites.items() if info.kind == "weight")
     equal(flat, {key: value for key, value in before.items() if not key.startswith(weights)})
 
-    stored = safetensors.numpy.load_file(tmp_path / packed.WEIGHTS_FILE)
+    stored = safetensors.numpy.load_file(tmp_path / WEIGHTS_FILE)
     sizes = {item.name: item.stored for item in weight_memory(POLICIES[name], sites, params)}
     assert sizes == {
         key: sum(array.nbytes for held, array in stored.items() if held.partition(":")[0] == key) for key in sizes
@@ -163,9 +164,9 @@ def test_states_are_packed_exactly_also_the_sign_of_a_mean(states):
     weight = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32)
     for constant in (False, True):
         weight[:, 2] = 0.5 if constant else weight[:, 2]
-        entry, tensors = packed._packed(spec, "w", jnp.asarray(weight), {})
+        entry, tensors = packed_file.pack_weight(spec, "w", jnp.asarray(weight), {})
         want = jax.jit(fake_quant, static_argnums=0)(spec, jnp.asarray(weight))
-        np.testing.assert_array_equal(packed._unpacked("w", entry, tensors), want)
+        np.testing.assert_array_equal(packed_file.unpack_weight("w", entry, tensors), want)
         signs = "trits" if states == 3 or constant else "signs"
         assert entry["packing"] == (signs if states < 4 else "bits")
     assert entry["bits"] == (1, 2, 2, 3)[states - 2]
@@ -176,7 +177,7 @@ def test_grid_values_give_the_same_file(tmp_path, params, sites, ranges_of):
     baked = quantized_weights(POLICIES[name], sites, params, ranges_of(name))
     save_quantized(tmp_path / "a", BERT, CONFIG, POLICIES[name], params, ranges_of(name))
     save_quantized(tmp_path / "b", BERT, CONFIG, POLICIES[name], baked, ranges_of(name))
-    first, second = ((tmp_path / name / packed.WEIGHTS_FILE).read_bytes() for name in "ab")
+    first, second = ((tmp_path / name / WEIGHTS_FILE).read_bytes() for name in "ab")
     assert first == second
 
 
@@ -184,7 +185,7 @@ def test_one_sided_weights_are_unsigned(tmp_path, params):
     positive = jax.tree.map(jnp.abs, params)
     ranges = calibrate(BertClassifier(CONFIG, policy=policy({"wC": symmetric(8)})), positive, [batch(1)])
     save_quantized(tmp_path, BERT, CONFIG, policy({"wC": symmetric(8)}), positive, ranges)
-    with safetensors.safe_open(tmp_path / packed.WEIGHTS_FILE, "numpy") as file:
+    with safetensors.safe_open(tmp_path / WEIGHTS_FILE, "numpy") as file:
         entry = json.loads(file.metadata()["qtx"])["quantized"]["classifier/kernel"]
     assert entry == {
         "shape": [16, 2],
@@ -249,7 +250,7 @@ def saved(tmp_path_factory, params, ranges_of):
 def copied(saved, tmp_path):
     for file in saved.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path / packed.WEIGHTS_FILE, tmp_path / "config.json"
+    return tmp_path / WEIGHTS_FILE, tmp_path / "config.json"
 
 
 def rewrite(path, tensors=None, **fields):
@@ -335,11 +336,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, params, saved, ranges_of, 
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(packed.safetensors.numpy, "save_file", fails)
+    monkeypatch.setattr(packed_file.safetensors.numpy, "save_file", fails)
     with pytest.raises(OSError, match="disk full"):
         save_quantized(tmp_path, BERT, CONFIG, POLICIES["8 bits"], params, ranges_of("8 bits"))
     assert weights.read_bytes() == before
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", packed.WEIGHTS_FILE]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", WEIGHTS_FILE]
 
 
 def test_tokenizer_is_saved_beside_the_weights(tmp_path, params):

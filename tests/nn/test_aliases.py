@@ -173,3 +173,9 @@ def test_short_names_of_sites(kind, name, short):
     assert short_name(kind, name) == short
     if short:
         assert any(matches(pattern, name) for pattern in expand(kind, short))
+
+
+def test_a_site_at_the_top_of_a_model_is_no_short_name():
+    assert expand("activation", "/y") == ("y",) and expand("weight", "/gain") == ("gain",)
+    with pytest.raises(UserError, match="or '/gain' for a site at the top"):
+        expand("weight", "gain")
