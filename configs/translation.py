@@ -18,6 +18,7 @@ row in full precision and from it the others, one epoch each. Methods are
     binary_attention, binary_all  -1, 1; with the divisor of scores that they need, or, `tuned`, with a scale for each layer
     published_METHOD            as the original did it: B without the sign and wrapping at 8; drawn again at every token
     METHOD+warm                 after four epochs in full precision
+    full_precision+anneal       ten epochs, then ten with a rate that falls to zero; in `tuned` the row that others start from
 
 Weights are rounded at random in training and drawn once for evaluation. `ptq` quantizes a trained model without training.
 Another corpus: `--config.task=iwslt14`, `tatoeba`, or `parallel` with `--config.data.pairs.train="('a.en', 'a.de')"` and
@@ -32,7 +33,7 @@ from memory and in another measure than ours. Ten epochs of `full_precision` gav
 from ml_collections import ConfigDict
 
 from qtx.errors import UserError, near_misses
-from qtx.experiments.config import base, changed, sweeping
+from qtx.experiments.config import base, changed, phase, sweeping
 
 DRAWN = {
     "quant.weight_rounding": "stochastic",
@@ -86,17 +87,23 @@ def method(name: str) -> dict:
         raise UserError(f"configs/translation.py: unknown method {plain!r}{near_misses(plain, known)}")
     fields = dict(known[plain])
     for extra in extras:
-        if extra != "warm" or "recipe" in fields:
-            raise UserError(f"configs/translation.py: {plain} does not go with {extra!r}; choose from 'warm', 'base'")
-        fields |= {"recipe": ("finetune", "qat"), "phases.finetune.epochs": 4.0, "phases.qat.epochs": EPOCHS - 4.0}
+        if extra == "anneal" and plain == "full_precision":
+            fields |= {"recipe": ("finetune", "anneal"), "phases.finetune.epochs": EPOCHS / 2}
+        elif extra == "warm" and "recipe" not in fields:
+            fields |= {"recipe": ("finetune", "qat"), "phases.finetune.epochs": 4.0, "phases.qat.epochs": EPOCHS - 4.0}
+        else:
+            choices = "'anneal'" if plain == "full_precision" else "'warm'"
+            raise UserError(
+                f"configs/translation.py: {plain} does not go with {extra!r}; choose from {choices}, 'base'"
+            )
     return fields
 
 
 def tuned(name: str) -> dict:
     """Returns the fields of a method that starts from the row in full precision."""
-    fields = method(name)
     if name == "full_precision":
-        return fields
+        return method("full_precision+anneal")
+    fields = method(name)
     if name.startswith("binary"):
         del fields["model.sizes"]
         fields["quant.weight_scale"] = "mean"
@@ -158,10 +165,13 @@ def get_config(arg: str = "full_precision"):
     else:
         config.model.hidden_dropout, config.model.attention_dropout = 0.2, 0.1
         config.translation.update(vocabulary=4000, limit=64)
-    width, warm = (512, 4000) if published else (TINY["hidden_size"], 1500)
-    for phase in (config.phases.finetune, config.phases.qat):
-        phase.update(batch_size=1500 if published else 2500, epochs=EPOCHS, evaluate_every=1.0, keep_best=not published)
-        phase.optimizer.update(
+    width, warm = (512, 4000) if published else (TINY["hidden_size"], 800)
+    config.phases.anneal = phase()
+    for section in (config.phases.finetune, config.phases.anneal, config.phases.qat):
+        section.update(
+            batch_size=1500 if published else 2500, epochs=EPOCHS, evaluate_every=1.0, keep_best=not published
+        )
+        section.optimizer.update(
             learning_rate=(width * warm) ** -0.5,
             schedule="inverse_sqrt",
             warmup_steps=warm,
@@ -170,6 +180,8 @@ def get_config(arg: str = "full_precision"):
             eps=1e-9,
             max_grad_norm=0.0,
         )
+    config.phases.anneal.epochs = EPOCHS / 2
+    config.phases.anneal.optimizer.update(learning_rate=1.5e-3, schedule="linear", warmup_steps=100)
     if arg in ("multi30k", "tuned"):
         rows = tuple(
             dict(
