@@ -96,7 +96,7 @@ class Translator:
         long = [str(number) for number, length in enumerate(rows.lengths, 1) if length > max_length]
         if long and warn is not None:
             which = ", ".join(long[:_NAMED]) + (", ..." if len(long) > _NAMED else "")
-            warn(f"{len(long)} sentences have more than {max_length} tokens and were cut there (lines {which})")
+            warn(f"sentences cut after {max_length} tokens: {len(long)} (lines {which})")
         unknown = int((rows.ids == UNK).sum())
         if unknown and warn is not None:
             warn(f"{unknown} of {len(rows.ids)} source words are not in the vocabulary")
