@@ -17,7 +17,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.sparse import BCSR
 from jax.sharding import Mesh
 
 from qtx import data, models
@@ -25,9 +24,9 @@ from qtx.data.batching import Batches, bucket_lengths
 from qtx.data.cleaning import without_backslashes
 from qtx.data.corpus import new_documents, words_kind
 from qtx.data.reading import read_text, standard_input
-from qtx.data.text_graph import TextGraph, attach, load_graph
+from qtx.data.text_graph import TextGraph, load_graph
 from qtx.errors import UserError
-from qtx.experiments.graph import GRAPH_FILE
+from qtx.experiments.graph import GRAPH_FILE, edges_into
 from qtx.experiments.graph_part import GraphPart, joint_policy, part_of
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
 from qtx.files import write_text
@@ -151,9 +150,8 @@ class Classifier:
         if words_kind(task, self.part.words) != "basic":  # the encoder was trained on cleaned texts, too
             known = frozenset(self.graph.vocabulary)
             columns = [[without_backslashes(" ".join(w for w in text.split() if w in known)) for text in words]]
-        rows = attach(self.graph, words)
         features = jnp.asarray(self._plain(columns, batch_size, "pooled"))
-        edges = BCSR((jnp.asarray(rows.data), jnp.asarray(rows.indices), jnp.asarray(rows.indptr)), shape=rows.shape)
+        edges = edges_into(self.graph, words)
         joint = self._joint
         variables = {**self.variables, "params": self.variables["params"] | {"gcn": self.part.params}}
         outputs: Any = joint.apply(variables, features, edges, self._entering, method="attached")

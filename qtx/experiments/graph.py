@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+from jax.experimental.sparse import BCSR
 from ml_collections import ConfigDict
 
 from qtx import data, models
 from qtx.data.corpus import Corpus, make_corpus, published_splits, words_kind
-from qtx.data.text_graph import GraphSettings, TextGraph, build_graph, load_graph, save_graph
+from qtx.data.text_graph import GraphSettings, TextGraph, attach, build_graph, load_graph, save_graph
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import load_dataset
 from qtx.experiments.translation import TASKS as TRANSLATION
@@ -61,6 +63,12 @@ def graph_from(corpus: Corpus, settings: GraphSettings, path: Path) -> TextGraph
     graph = build_graph(corpus.texts, corpus.n_train, settings, track)
     save_graph(graph, path)
     return graph
+
+
+def edges_into(graph: TextGraph, texts: Sequence[str]) -> BCSR:
+    """Returns the edges of new documents into a graph, for the device; see `qtx.data.text_graph.attach`."""
+    rows = attach(graph, texts)
+    return BCSR((jnp.asarray(rows.data), jnp.asarray(rows.indices), jnp.asarray(rows.indptr)), shape=rows.shape)
 
 
 def build(config: ConfigDict, workdir: str) -> TextGraph:

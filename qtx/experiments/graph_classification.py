@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.sparse import BCSR
 from ml_collections import ConfigDict
 
 from qtx import models
@@ -25,9 +26,9 @@ from qtx.data.text_graph import TextGraph, build_graph, save_graph
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import Classification, prepare
 from qtx.experiments.experiment import LABELLED, load_model
-from qtx.experiments.graph import GRAPH_FILE, corpus_from, graph_from, settings_from, track
+from qtx.experiments.graph import GRAPH_FILE, corpus_from, edges_into, graph_from, settings_from, track
 from qtx.experiments.graph_part import GraphPart, joint_policy, part_of
-from qtx.methods.bittransgnn import GraphDistillation, graph_loss, vote
+from qtx.methods.bittransgnn import GraphDistillation, graph_loss, vote, vote_of_others
 from qtx.nn.graph import Graph, adjacency
 from qtx.nn.sites import SiteInfo, list_sites, names_by_kind
 from qtx.nn.text_graph import GraphConfig, GraphOutputs, StudentAndTeacher, TextGraphClassifier
@@ -205,13 +206,10 @@ class GraphClassification(Classification):
 
     def features(self, model: nn.Module, variables: Mapping[str, Any]) -> jax.Array:
         """Returns the bank `[N, D]`: what the encoder says of all documents of the graph without dropout; zero for words."""
-        text = self.text_model(model)
         bank = np.zeros((self.graph.n_nodes, self.pretrained.config.hidden_size), np.float32)  # type: ignore
         for split in self.encoded:
             if self._in_graph(split):
-                batches = self.batches(split, self.config.data.eval_batch_size, shuffle=False, epochs=1)
-                plain = {name: variables[name] for name in ("params", "ranges") if name in variables}
-                bank[self.nodes(split)] = predict(text, plain, batches, self.mesh, output="pooled")
+                bank[self.nodes(split)] = self._pooled(model, variables, split)
         return jnp.asarray(bank)
 
     def _in_graph(self, split: str) -> bool:
@@ -220,21 +218,38 @@ class GraphClassification(Classification):
     def logits(
         self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str] = LABELLED
     ) -> dict[str, np.ndarray]:
-        """Returns the log probabilities `[N, C]` of splits, or predictions of a regression `[N, 1]`; see `evaluate`."""
+        """Returns the log probabilities `[N, C]` of splits, or predictions of a regression `[N, 1]`; see `evaluate`.
+
+        Test documents of an inductive graph, which they are no part of, are attached to it.
+        """
         if isinstance(model, StudentAndTeacher):
             model, variables = self.text_model(model), below(variables, "student")
         if not isinstance(model, TextGraphClassifier):
             return super().logits(model, variables, splits)
         if "bank" not in variables:
             variables = {**variables, "bank": {"features": self.features(model, variables)}}
-        there = [split for split in splits if split in self.encoded and self._in_graph(split)]
+        there = [split for split in splits if split in self.encoded]
         return {split: np.asarray(self.votes_of(model, variables, split).logits) for split in there}
 
     def votes_of(self, model: TextGraphClassifier, variables: Mapping[str, Any], split: str) -> GraphOutputs:
         """Returns what a graph model says of the documents of a split, from the bank or, without one, the encoder as it is."""
         bank = variables["bank"]["features"] if "bank" in variables else self.features(model, variables)
         plain = {name: value for name, value in variables.items() if name != "bank"} | {"bank": {"features": bank}}
-        return vote(model, plain, self.adjacency, jnp.asarray(self.nodes(split)))
+        if self._in_graph(split):
+            return vote(model, plain, self.adjacency, jnp.asarray(self.nodes(split)))
+        pooled = jnp.asarray(self._pooled(model, variables, split))
+        return vote_of_others(model, plain, self.adjacency, pooled, self._edges_of_others)
+
+    @functools.cached_property
+    def _edges_of_others(self) -> BCSR:
+        """Edges of the test documents into an inductive graph."""
+        return edges_into(self.graph, self.corpus.texts[self.corpus.n_train :])
+
+    def _pooled(self, model: nn.Module, variables: Mapping[str, Any], split: str) -> np.ndarray:
+        """Returns features `[N, D]` of a split's documents, without dropout."""
+        batches = self.batches(split, self.config.data.eval_batch_size, shuffle=False, epochs=1)
+        plain = {name: variables[name] for name in ("params", "ranges") if name in variables}
+        return predict(self.text_model(model), plain, batches, self.mesh, output="pooled")
 
     def save(self, workdir: Path, trained: nn.Module, policy: Policy | None, variables: Mapping[str, Any]) -> None:
         """Writes the encoder with its classifier, and beside it what else a graph model has; see `Experiment.save`.

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.sparse import BCSR
 
 from qtx.errors import UserError, near_misses
 from qtx.nn.graph import Graph
@@ -56,6 +57,29 @@ def vote(model: TextGraphClassifier, variables: Mapping[str, Any], adjacency: Gr
 @jax.jit(static_argnums=0)
 def _vote(model: TextGraphClassifier, variables: Mapping[str, Any], nodes: jax.Array) -> GraphOutputs:
     return model.apply(variables, None, None, None, nodes)  # type: ignore[return-value]
+
+
+def vote_of_others(
+    model: TextGraphClassifier, variables: Mapping[str, Any], adjacency: Graph, pooled: jax.Array, edges: BCSR
+) -> GraphOutputs:
+    """Returns the outputs for documents that are no part of the graph, and are attached to it.
+
+    Args:
+      model: any; its encoder does not run.
+      variables: `params`, `ranges` if there are any, and `bank`.
+      adjacency: of all nodes of the graph.
+      pooled: features `[M, D]` of the documents.
+      edges: `[M, N + M]`, see `qtx.data.text_graph.attach`.
+    """
+    return _vote_of_others(model, dict(variables) | {"graph": {"adjacency": adjacency}}, pooled, edges)
+
+
+@jax.jit(static_argnums=0)
+def _vote_of_others(
+    model: TextGraphClassifier, variables: Mapping[str, Any], pooled: jax.Array, edges: BCSR
+) -> GraphOutputs:
+    entering = model.apply(variables, method="entering")
+    return model.apply(variables, pooled, edges, entering, method="attached")  # type: ignore[return-value]
 
 
 def distillation_losses(

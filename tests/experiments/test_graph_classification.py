@@ -186,8 +186,21 @@ def test_an_inductive_graph_knows_no_test_document(run):
     config.graph.inference = "inductive"
     experiment = setup(config)
     assert experiment.graph.n_documents == len(experiment.encoded["train"]) + len(experiment.encoded["validation"])
-    assert set(experiment.logits(experiment.model, experiment.variables)) == {"validation"}
     assert make_recipe(experiment)[0][0].objective is graph_loss
+
+
+def test_test_documents_are_attached_to_an_inductive_graph(run, tmp_path):
+    config = copy.deepcopy(run[0])
+    config.graph.inference = "inductive"
+    metrics = train_and_evaluate(config, tmp_path / "run")["metrics"]["qat"]
+    assert 0 <= metrics["test_accuracy"] <= 1
+    config.model.update(name=str(tmp_path / "run" / "quantized"), fresh_head=False)
+    experiment = setup(config)
+    found = experiment.logits(experiment.model, experiment.variables)
+    # As texts that come when all is trained: the way of launch/classify.py, which reads them from nothing but the files.
+    (texts,) = experiment.corpus.dataset.splits["test"].texts
+    _, values = Classifier.load(config.model.name, max_length=config.data.max_length)([[text] for text in texts])
+    np.testing.assert_allclose(found["test"], values, atol=1e-5)
 
 
 def test_new_texts_are_classified_by_their_own_edges(run, tmp_path):
