@@ -11,6 +11,7 @@ what enters a product. The argument is a method, or `glue`: all of them on RTE, 
 
     ternary                   ternary training on the labels, without a teacher
     ternarybert               distillation for as many steps (logits, hidden states, attention scores)
+    distilled                 distillation by the losses of intervention (attention outputs, too) without intervention
     output, context, map      60 steps (CoLA: 120) with the teacher's tensor in place, then distillation
     gradual, inverted, stochastic  the same with one kind after the other, the other way round, or drawn
     METHOD+quarter            a quarter of the steps
@@ -42,6 +43,7 @@ def methods() -> dict[str, dict]:
     found: dict[str, dict] = {
         "ternary": {"recipe": ("qat",)},
         "ternarybert": {"recipe": ("qat",), "phases.qat.losses": "ternarybert"},
+        "distilled": {"recipe": ("qat",), "phases.qat.losses": "teacher_intervention"},
     }
     for name in INTERVENTIONS:
         found[name] = {
@@ -99,7 +101,7 @@ def get_config(arg: str = "gradual"):
     if arg == "glue" or arg in TASKS:
         config.model.pooling = "mean"  # as the sentence encoder was trained
         rows = [dict(name="full precision", changes={"recipe": ("finetune",), "model.fresh_head": True})]
-        names = ("ternary", "ternarybert", *INTERVENTIONS, "gradual+quarter", "ternarybert+quarter")
+        names = ("ternary", "ternarybert", "distilled", *INTERVENTIONS, "gradual+quarter", "ternarybert+quarter")
         rows += [dict(name=name, changes=method(name), start="full precision") for name in names]
         config.sweep = sweeping(
             name="teacher_intervention",
