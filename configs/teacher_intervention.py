@@ -19,7 +19,7 @@ what enters a product. The argument is a method, or `glue`: all of them on RTE, 
 
 Three epochs at 1e-4 (2e-5, as published for BERT-base, is too slow for this encoder), linear decay after a tenth of warm-up,
 batches of 32 (CoLA: 16). Expected of `cola` (Matthews, one seed): full precision 0.26, ternary 0.23, ternarybert 0.24, gradual
-0.22, in a quarter of the steps 0.13 and 0.11; the rest was not run. `smoke` trains for seconds.
+0.22, distilled 0.23, in a quarter of the steps 0.13 and 0.11; the rest was not run. `smoke` trains for seconds.
 """
 
 from qtx.errors import UserError, near_misses
