@@ -13,13 +13,17 @@ from pathlib import Path
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary name to write to; it becomes `path` at the end of the block, and vanishes on an error.
 
-    The temporary file lies in the same directory, which is made if needed, and so on the same file system.
+    The temporary file lies in the same directory, which is made if needed, and so on the same file system. The file gets the
+    permissions of any new file, whatever wrote it (safetensors would let nobody else read it).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,6 +1,8 @@
 import os
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from qtx import files
 
@@ -21,3 +23,10 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     files.write_text(path, "new")
     assert path.read_text() == "new"
     assert os.listdir(path.parent) == ["notes.md"]
+
+
+def test_who_may_read_files_may_read_these(tmp_path):
+    with files.whole_file(tmp_path / "model.safetensors") as temporary:
+        safetensors.numpy.save_file({"a": np.zeros(2)}, temporary)
+    (tmp_path / "any").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
