@@ -98,13 +98,14 @@ W32A8 = dict(cola=56.70, sst2=92.43, mrpc=86.98, stsb=82.87, qqp=84.70, mnli=52.
 W8A32 = dict(cola=58.63, sst2=92.55, mrpc=88.74, stsb=89.05, qqp=89.72, mnli=84.58, qnli=91.43, rte=71.12, GLUE=83.23)
 
 
-def amplified(name: str, overrides: str = "") -> dict:
+def amplified(name: str, overrides: str = "", **quant) -> dict:
     """Returns a row on the same function with outliers made to order (`qtx.analysis.amplify`).
 
     In every layer one channel of x and h is shifted by 600 times the size of x, which no range of 8 bits for a whole tensor
-    holds. Weights per channel: such a shift amplifies their rounding, too.
+    holds. Weights per channel: such a shift amplifies their rounding, too; AdaRound makes up for it.
     """
-    row = ptq(f"outliers x600: {name}", overrides=overrides, weight_granularity="channel", weight_estimator="mse")
+    weights = dict(weight_granularity="channel", weight_estimator="mse")
+    row = ptq(f"outliers x600: {name}", overrides=overrides, **weights, **quant)
     row["changes"] |= {"model.amplify.sites": ("x",), "model.amplify.factor": 600.0, "calibration.batch_size": 16}
     row["changes"]["quant.weight_options"] = {"relative_margin": True, "extent": "row"}
     return row
@@ -115,6 +116,8 @@ AMPLIFIED = (
     amplified("W8A{8,16} mixed PTQ", FFN),
     amplified("W8A8 PEG PTQ, K=6, permuted", "x=ngp6, h=ngp6, y=ngp6"),
     amplified("W8A8 PEG PTQ, K=96, permuted", "x=ngp96, h=ngp96, y=ngp96"),
+    amplified("W8A{8,16} mixed PTQ, AdaRound", FFN, adaround=True),
+    amplified("W8A8 PEG PTQ, K=96, permuted, AdaRound", "x=ngp96, h=ngp96, y=ngp96", adaround=True),
 )
 
 
