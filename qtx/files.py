@@ -22,6 +22,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
+        temporary.unlink()
         yield temporary
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:

@@ -228,7 +228,7 @@ class GraphClassification(Classification):
             return super().logits(model, variables, splits)
         if "bank" not in variables:
             variables = {**variables, "bank": {"features": self.features(model, variables)}}
-        there = [split for split in splits if split in self.encoded]
+        there = [split for split in splits if split in self.encoded and split in SPLITS]
         return {split: np.asarray(self.votes_of(model, variables, split).logits) for split in there}
 
     def votes_of(self, model: TextGraphClassifier, variables: Mapping[str, Any], split: str) -> GraphOutputs:

@@ -98,14 +98,12 @@ def save_quantized(
             raise UserError(
                 f"parameter {name!r}: {found} in the params, {wanted} by the config; save them with their own"
             )
-    hf = model_family.hf_config(config, labels)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+    hf, directory = model_family.hf_config(config, labels), Path(directory)
     model = model_family.module(config=config, policy=policy)
     variables = {"params": params, "ranges": ranges}
     total = save_packed(directory / WEIGHTS_FILE, model, variables, *model_family.example_inputs(config), config=hf)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
     write_text(directory / "config.json", json.dumps(hf, indent=2) + "\n")
     return total
 

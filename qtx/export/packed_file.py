@@ -86,7 +86,8 @@ def save_packed(
       Bytes of the weights with their scales, without the activation ranges and the header.
 
     Raises:
-      UserError: if the model has no policy or it does not fit, or a static range is missing.
+      UserError: if the model has no policy or it does not fit, a static range is missing, or a parameter has a name that
+        means something else in such a file (`ranges/...`, or with a colon).
     """
     policy: Policy | None = getattr(model, "policy", None)
     if policy is None:
@@ -97,6 +98,10 @@ def save_packed(
     tensors = _range_tensors(policy, sites, ranges)
     entries, total = {}, 0
     for name, value in sorted(traverse_util.flatten_dict(variables["params"], sep="/").items()):
+        if ":" in name or name.startswith("ranges/"):
+            raise UserError(
+                f"parameter {name!r}: packed files use such names themselves; rename the module that has it"
+            )
         spec = _weight_spec(policy, sites, name)
         if spec is None:
             made = {name: np.asarray(value, np.float32)}
@@ -109,7 +114,6 @@ def save_packed(
     header = {"version": VERSION, "config": dict(config or {}), "policy": policy_to_json(policy), "quantized": entries}
     # One key: safetensors writes several in random order, and equal models should be equal files.
     metadata = {"qtx": json.dumps({**header, "sha256": _digest(header, tensors)})}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(Path(path)) as partial:
         safetensors.numpy.save_file(tensors, partial, metadata)
     return total

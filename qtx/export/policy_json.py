@@ -60,6 +60,7 @@ def policy_from_json(data: Mapping[str, Any]) -> Policy:
 
 
 def granularity_from_json(data: Mapping[str, Any]) -> Granularity:
+    """Reads the fields of a granularity, also after a trip through `json`; raises a `UserError` on unknown ones."""
     axis = data.get("axis")
     return _build(Granularity, {**data, "axis": tuple(axis) if isinstance(axis, list | tuple) else axis})
 

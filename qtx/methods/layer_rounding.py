@@ -334,6 +334,7 @@ def column_errors(layer: Layer, others: Any, weight: jax.Array, data: Data) -> j
 
 
 def mean_error(layer: Layer, others: Any, weight: jax.Array, data: Data) -> float:
+    """Returns the squared error of a layer's outputs, averaged over all that count."""
     rows = data.targets[..., 0].size if data.counts is None else float(jnp.sum(data.counts))
     return float(jnp.sum(column_errors(layer, others, weight, data)) / (rows * data.targets.shape[-1]))
 

@@ -1,7 +1,9 @@
 """What training changes and what it leaves: for train steps of one's own, as `equinox` does it.
 
-trained, fixed = qtx.partition(model, variables, x)
-loss = lambda trained: ... model.apply(qtx.combine(trained, fixed), x)
+    trained, fixed = qtx.partition(model, variables, x)
+    gradient = jax.grad(lambda trained: loss(model.apply(qtx.combine(trained, fixed), x)))(trained)
+
+Both parts have the structure of the variables, so optimizers and transformations of JAX take them as they are.
 """
 
 from __future__ import annotations

@@ -66,6 +66,10 @@ def test_what_cannot_be_packed(tmp_path):
     with pytest.raises(qtx.UserError, match="denze"):
         policy = qtx.policy(weights={"denze/kernel": qtx.symmetric(4)})
         qtx.save_packed(tmp_path / "a", Mixed(policy), {"params": PARAMS}, IDS)
+    model = Mixed(POLICIES["dynamic"])
+    for name in ("a:scale", "ranges"):
+        with pytest.raises(qtx.UserError, match="rename the module"):
+            qtx.save_packed(tmp_path / "a", model, {"params": {**PARAMS, name: PARAMS["plain"]}}, IDS)
     assert not list(tmp_path.iterdir())
 
 
