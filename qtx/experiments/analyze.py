@@ -22,6 +22,7 @@ from qtx.errors import UserError, near_misses
 from qtx.experiments.analyze_features import features
 from qtx.experiments.analyze_loss import Part, curvature_part, landscape_part, layer_errors_part
 from qtx.experiments.classification import Classification
+from qtx.experiments.config import base
 from qtx.experiments.efficiency import efficiency
 from qtx.experiments.experiment import VALIDATION
 from qtx.experiments.run import calibration_options, policy_to_apply
@@ -64,7 +65,7 @@ def analyze(config: ConfigDict, workdir: str | Path) -> str:
     policy = policy_to_apply(experiment)
     parts = {name: ANALYSES[name](experiment, policy) for name in config.analyses}
     if (workdir / "config.json").is_file():
-        check_config(config, workdir)
+        check_config(config, workdir, base())
     save_config(config, workdir)
     lines = [f"# {config.model.name} on {experiment.task.name}"]
     for name, part in parts.items():

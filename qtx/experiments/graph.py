@@ -18,6 +18,7 @@ from qtx.data.corpus import Corpus, make_corpus, published_splits, words_kind
 from qtx.data.text_graph import GraphSettings, TextGraph, attach, build_graph, load_graph, save_graph
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import load_dataset
+from qtx.experiments.config import base
 from qtx.experiments.translation import TASKS as TRANSLATION
 from qtx.train.logging import progress
 from qtx.train.report import Table, check_config, save_config
@@ -80,7 +81,7 @@ def build(config: ConfigDict, workdir: str) -> TextGraph:
     start = time.monotonic()
     settings = settings_from(config.graph)
     if (Path(workdir) / "config.json").exists():
-        check_config(config, workdir)
+        check_config(config, workdir, base())
     corpus = corpus_from(config)
     path = Path(workdir) / GRAPH_FILE
     if path.exists():

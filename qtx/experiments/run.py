@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from qtx import models
 from qtx.errors import UserError
-from qtx.experiments.config import phases_of
+from qtx.experiments.config import base, phases_of
 from qtx.experiments.experiment import VALIDATION, Experiment
 from qtx.experiments.from_config import evaluation_from, optimizer_from, policy_from, rounding_from, suppression_from
 from qtx.experiments.setup import setup
@@ -133,7 +133,7 @@ def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
         )
     recipe, policy = make_recipe(experiment)
     if (workdir / "checkpoints").is_dir() and (workdir / "config.json").is_file():
-        check_config(config, workdir)
+        check_config(config, workdir, base())
     save_config(config, workdir)
     first = config.phases[config.recipe[0]]
     batches = experiment.batches("train", first.batch_size, shuffle=True, epochs=None, seed=config.seed)

@@ -30,6 +30,7 @@ import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
 
 from qtx.errors import UserError
+from qtx.experiments.config import base
 from qtx.experiments.plan import Outcome, Trial
 from qtx.train.report import config_record, first_difference
 
@@ -172,7 +173,9 @@ class Ledger:
         """Raises a `UserError` if a trial was entered with another configuration."""
         for name, attempt in self.attempts(trials).items():
             trial = next(trial for trial in trials if trial.name == name)
-            if attempt.state != "new" and (found := first_difference(attempt.config, _record(trial))) is not None:
+            if attempt.state == "new":
+                continue
+            if (found := first_difference(attempt.config, _record(trial), base())) is not None:
                 field, old, new = found
                 raise UserError(
                     f"{name} of this sweep has {field}={old!r}, not {new!r}; "

@@ -41,9 +41,19 @@ def _config_text(config: ml_collections.ConfigDict) -> str:
     return json.dumps(config.to_dict(), sort_keys=True, indent=2, default=_jsonable) + "\n"
 
 
-def check_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]) -> None:
-    """Raises a `UserError` that names a difference if a run directory holds the config of another run."""
-    found = first_difference(load_config(workdir).to_dict(), config_record(config))
+def check_config(
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike[str],
+    defaults: ml_collections.ConfigDict | None = None,
+) -> None:
+    """Raises a `UserError` that names a difference if a run directory holds the config of another run.
+
+    Args:
+      config: of this run.
+      workdir: a directory with a `config.json`.
+      defaults: what fields are worth that the stored config does not have, because it is older than they are.
+    """
+    found = first_difference(load_config(workdir).to_dict(), config_record(config), defaults)
     if found is not None:
         name, old, new = found
         raise UserError(f"{Path(workdir)} holds a run with {name}={old!r}, not {new!r}; use another workdir")
@@ -54,9 +64,16 @@ def config_record(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(_config_text(config))
 
 
-def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """Returns (dotted name, old value, new value) of the first field that differs between two records, or None."""
+def first_difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], defaults: ml_collections.ConfigDict | None = None
+) -> tuple[str, Any, Any] | None:
+    """Returns (dotted name, old value, new value) of the first field that differs between two records, or None.
+
+    Fields that the old record lacks have their value in `defaults`: what was done before there was a field.
+    """
     old, new = _flat(old), _flat(new)
+    if defaults is not None:
+        old = {name: value for name, value in _flat(config_record(defaults)).items() if name in new} | old
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             return name, old.get(name), new.get(name)

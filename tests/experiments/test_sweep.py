@@ -202,6 +202,25 @@ def test_claims_about_rows_are_looked_at_where_both_are_known(runs, tmp_path):
     assert [row[-1] for row in wide.orderings.rows][:5] == ["yes", "no", "yes", "yes", "yes"]
 
 
+def test_a_sweep_from_before_a_field_goes_on(runs, tmp_path, monkeypatch):
+    newer = base
+
+    def older():
+        config = newer()
+        del config.model.amplify, config.data.flip
+        return config
+
+    monkeypatch.setitem(globals(), "base", older)
+    sweep.sweep(tiny_sweep(seeds=(1,)), tmp_path)
+    monkeypatch.setitem(globals(), "base", newer)
+    sweep.sweep(tiny_sweep(seeds=(1, 2)), tmp_path)
+    assert len(runs) == 8
+    config = tiny_sweep(seeds=(1,))
+    config.data.flip = True
+    with pytest.raises(UserError, match=r"data.flip=False, not True"):
+        sweep.sweep(config, tmp_path)
+
+
 def test_another_configuration_under_the_same_name_is_refused(runs, tmp_path):
     sweep.sweep(tiny_sweep(seeds=(1,)), tmp_path)
     config = tiny_sweep(seeds=(1,))

@@ -32,6 +32,22 @@ def test_no_config_is_refused(tmp_path):
     assert stored == {"rate": 0.5, "grid": [0, 1], "home": str(tmp_path), "f": str(max)}
 
 
+def test_a_run_is_as_old_as_its_config(tmp_path):
+    """A field that came later is worth its default in a run from before; any other value is another run."""
+    report.save_config(ml_collections.ConfigDict({"data": {"rows": 8}, "seed": 3}), tmp_path)
+    defaults = ml_collections.ConfigDict({"data": {"rows": 4, "flip": False}, "graph": {"width": 2}})
+    config = ml_collections.ConfigDict({"data": {"rows": 8, "flip": False}, "seed": 3})
+    report.check_config(config, tmp_path, defaults)
+    with pytest.raises(UserError, match="data.flip=None, not False"):
+        report.check_config(config, tmp_path)
+    config.data.flip = True
+    with pytest.raises(UserError, match="data.flip=False, not True"):
+        report.check_config(config, tmp_path, defaults)
+    config.data.update(rows=4, flip=False)
+    with pytest.raises(UserError, match="data.rows=8, not 4"):
+        report.check_config(config, tmp_path, defaults)
+
+
 @pytest.mark.parametrize("text, message", [(None, "no config.json"), ("{", "not JSON"), ("[1]", "holds a list")])
 def test_a_config_that_cannot_be_loaded(tmp_path, text, message):
     if text is not None:
