@@ -75,6 +75,8 @@ SAMPLERS = ("grid", "random", "tpe")
 RELATIONS = (">", "~", ">=")
 ANY = "any"
 """Label of an axis for a row that ignores it."""
+SEED = "seed"
+"""What a row ignores that is run with the first seed alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +87,11 @@ class Row:
       name: of the row in the table.
       entry: key of `ENTRIES`.
       start: name of the row whose model (`model/` in its run directory, same point and seed) is `model.name` here.
+      start_at: by label, the row that it starts from there instead.
       uses: further fields with the rows whose runs they name; behind a slash what of the run: `{"bittransgnn.teacher":
         "dynamic/quantized"}`; without one its `model`.
       ignores: axes that make no difference to it: it is run once for all their values, and rows at each of them share it.
+        `'seed'`: it is run with the first seed, for all of them.
       changes: values by dotted field.
       at: labels of the points that it is run at; empty: at all.
       changes_at: further changes, by label.
@@ -97,6 +101,7 @@ class Row:
     name: str
     entry: str
     start: str = ""
+    start_at: Mapping[str, str] = dataclasses.field(default_factory=dict)
     uses: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignores: tuple[str, ...] = ()
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -107,7 +112,13 @@ class Row:
     @property
     def sources(self) -> tuple[str, ...]:
         """Names of the rows whose models it needs."""
-        return tuple(filter(None, (self.start, *(given.partition("/")[0] for given in self.uses.values()))))
+        used = (given.partition("/")[0] for given in self.uses.values())
+        return tuple(filter(None, (self.start, *self.start_at.values(), *used)))
+
+    def at_point(self, labels: Iterable[str]) -> Row:
+        """Returns the row as it is at a point: with one row that it starts from."""
+        start = next((self.start_at[label] for label in labels if label in self.start_at), self.start)
+        return dataclasses.replace(self, start=start, start_at={})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +146,7 @@ class Trial:
       seeds: one run each.
       config: of its runs, but for the seed, the model that it starts from, and what a sampler draws.
       sources: groups of the rows whose models it needs, by name.
+      shared: the seed of those that all seeds share, by name.
       ranges: fields to be drawn; empty if nothing is.
       search: which samples belong together; empty if nothing is drawn.
     """
@@ -149,6 +161,7 @@ class Trial:
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ranges: tuple = ()
     search: str = ""
+    shared: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def start(self) -> str:
@@ -157,21 +170,21 @@ class Trial:
 
     def needs(self) -> tuple[str, ...]:
         """Names of the trials that have to be done before."""
-        return tuple(f"{group}/seed_{seed}" for group in self.sources.values() for seed in self.seeds)
+        return tuple(str(self._run(row, seed)) for row in self.sources for seed in self.seeds)
+
+    def _run(self, row: str, seed: int) -> Path:
+        return Path(self.sources[row]) / f"seed_{self.shared.get(row, seed)}"
 
     def run_config(self, workdir: Path, seed: int, drawn: Mapping[str, Any]) -> ConfigDict:
         """Returns the configuration of one run."""
 
-        def run(row: str) -> Path:
-            return workdir.resolve() / self.sources[row] / f"seed_{seed}"
-
         found: dict[str, Any] = {}
         if self.row.start:
-            model = str(run(self.row.start) / "model")
+            model = str(workdir.resolve() / self._run(self.row.start, seed) / "model")
             found = {"model.name": model, "model.start": None}  # what it started from itself
         for field, given in self.row.uses.items():
             row, _, part = given.partition("/")
-            found[field] = str(run(row) / (part or "model"))
+            found[field] = str(workdir.resolve() / self._run(row, seed) / (part or "model"))
         return changed(self.config, {"seed": seed, **found, **drawn}, self.name)
 
 
@@ -216,18 +229,19 @@ def plan(config: ConfigDict) -> list[Trial]:
     sources = {name for row in rows for name in row.sources}
     known_labels = {choice.label for _, choices in axes for choice in choices}
     for row in rows:
-        for label in {*row.at, *row.changes_at}:
+        for label in {*row.at, *row.changes_at, *row.start_at}:
             if label not in known_labels:
                 raise UserError(f"row {row.name!r} names the label {label!r}{near_misses(label, known_labels)}")
     for row in rows:
         for name in row.ignores:
-            if name not in dict(axes):
+            if name not in (SEED, *dict(axes)):
                 raise UserError(f"row {row.name!r} ignores {name!r}, which is no axis{near_misses(name, dict(axes))}")
+    shared = {row.name: section.seeds[0] for row in rows if SEED in row.ignores}
     trials: list[Trial] = []
     known: set[str] = set()
     for choices in itertools.product(*(choices for _, choices in axes)):
         whole: Point = tuple((name, choice) for (name, _), choice in zip(axes, choices, strict=True))
-        present = [row for row in rows if _is_at(row, whole)]
+        present = [row.at_point(choice.label for _, choice in whole) for row in rows if _is_at(row, whole)]
         points = {row.name: tuple(each for each in whole if each[0] not in row.ignores) for row in present}
         made = {row.name: _at_point(base, row, points[row.name], row.name in sources) for row in present}
         for row in present:
@@ -241,12 +255,15 @@ def plan(config: ConfigDict) -> list[Trial]:
                 point = points[row.name]
                 group = _group(point, row.name)
                 needed = {source: _group(points[source], source) for source in row.sources}
-                name = "/".join(filter(None, (group, f"seed_{seed}")))
+                seeds = (shared.get(row.name, seed),)
+                name = "/".join(filter(None, (group, f"seed_{seeds[0]}")))
                 if row.ignores and name in known:
                     continue
                 known.add(name)
-                labels = _labels(whole) | dict.fromkeys(row.ignores, ANY)
-                trials.append(Trial(name, group, labels, _path(point), row, (seed,), made[row.name], needed))
+                labels = _labels(whole) | {axis: ANY for axis in row.ignores if axis != SEED}
+                trials.append(
+                    Trial(name, group, labels, _path(point), row, seeds, made[row.name], needed, shared=shared)
+                )
         for row in searched:
             if row.ignores:
                 raise UserError(
@@ -269,6 +286,7 @@ def plan(config: ConfigDict) -> list[Trial]:
                         needed,
                         tuple(section.ranges),
                         search or "samples",
+                        shared,
                     )
                 )
     names = [trial.name for trial in trials]

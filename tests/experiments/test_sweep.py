@@ -116,6 +116,31 @@ def test_a_row_that_an_axis_does_not_touch_is_run_once_and_shared(runs, tmp_path
     assert ("rte", "any", "full") in lines and ("rte", "2", "low") in lines and ("mrpc", "4", "full") not in lines
 
 
+def test_a_row_that_starts_elsewhere_at_one_point_and_is_shared_by_all_seeds(runs, tmp_path):
+    rows = (
+        {"name": "before", "at": ("rte",), "ignores": ("seed",), "changes": {"task": "mnli"}},
+        {"name": "full", "start_at": {"rte": "before"}, "changes_at": {"rte": {"model.fresh_head": True}}},
+        {"name": "low", "start": "full", "start_at": {"mrpc": "full"}},
+    )
+    config = tiny_sweep(rows=rows, seeds=(1, 2))
+    found = {trial.name: trial for trial in plan.plan(config)}
+    assert [name for name in found if "before" in name] == ["rte/before/seed_1"]
+    second = found["rte/full/seed_2"]
+    assert second.needs() == ("rte/before/seed_1",) and second.config.model.fresh_head
+    assert second.run_config(tmp_path, 2, {}).model.name == str(tmp_path / "rte/before/seed_1/model")
+    assert not found["mrpc/full/seed_2"].needs() and found["mrpc/full/seed_2"].config.model.name == config.model.name
+    assert found["mrpc/low/seed_2"].needs() == ("mrpc/full/seed_2",)
+    assert found["rte/before/seed_1"].config.task == "mnli" and found["rte/before/seed_1"].config.save_models
+    sweep.sweep(config, tmp_path)
+    assert len(runs) == 9 and names(runs, tmp_path)[0] == "rte/before/seed_1"
+    lines = {(line["task"], line["row"]): line for line in cells(tmp_path)}
+    assert ("mrpc", "before") not in lines and "seed_2" not in (tmp_path / "table.md").read_text()
+    with pytest.raises(UserError, match="row 'full' names the label 'rt'"):
+        plan.plan(tiny_sweep(rows=(rows[0], rows[1] | {"start_at": {"rt": "before"}})))
+    with pytest.raises(UserError, match="row 'full' starts from 'before', which is not run at 'mrpc'"):
+        plan.plan(tiny_sweep(rows=(rows[0], rows[1] | {"start_at": {"mrpc": "before"}})))
+
+
 def test_a_selection_takes_along_what_it_starts_from():
     found = plan.plan(tiny_sweep())
     chosen = plan.selected(found, ["mrpc/low/seed_[12]"])
@@ -493,9 +518,14 @@ def test_published_tables_are_complete(table):
     by_tokens = ["cola", "stsb", "mrpc", "rte"]
     assert tasks == (by_tokens if table == "minilm" else BY_SIZE)
     for trial in trials:
-        assert (trial.row.name == "FP32") != (trial.start == f"{trial.labels['task']}/FP32")
+        full = trial.row.name == "FP32" or trial.config.task == "mnli" != trial.labels["task"]
+        assert full != (trial.start == f"{trial.labels['task']}/FP32")
         quantized = trial.row.entry == "quantize" or "qat" in trial.config.recipe
-        assert quantized == bool(trial.start) and policy_from(trial.config.quant, 12) is not None
+        assert quantized != full and policy_from(trial.config.quant, 12) is not None
+    if table == "minilm":  # three seeds of RTE begin with one model of another task, and with heads of their own
+        first = [trial for trial in trials if trial.labels["task"] == "rte" and trial.row.name == "FP32"]
+        assert len({trial.needs() for trial in first}) == 1 and first[2].needs()[0].endswith("seed_1000")
+        assert all(trial.config.model.fresh_head for trial in first)
     assert all(score < 1 for row in config.sweep.rows for score in row["published"].values())
     if table == "table1":  # the paper's averages are those of its rows
         for row in config.sweep.rows:
