@@ -287,7 +287,8 @@ def changed(config: ConfigDict, changes: Mapping[str, Any], what: str) -> Config
 
     Args:
       config: a whole configuration, or a section.
-      changes: values by dotted name, such as `{"quant.weight_bits": 4}`; a mapping changes fields of a section.
+      changes: values by dotted name, such as `{"quant.weight_bits": 4}`; a mapping changes fields of a section, and an empty
+        one takes all options out of a section of options, such as `quant.weight_options`.
       what: is changed, for errors: `row 'W4A8'`.
 
     Raises:
@@ -301,14 +302,24 @@ def changed(config: ConfigDict, changes: Mapping[str, Any], what: str) -> Config
         section = functools.reduce(operator.getitem, path, found)
         try:
             with section.unlocked():
-                if isinstance(section[last], ConfigDict):
+                if isinstance(section[last], ConfigDict) and value:
                     section[last].update(value)
+                elif isinstance(section[last], ConfigDict):
+                    if not _holds_options(name):
+                        raise ValueError("only a section of options can be empty")
+                    section[last] = ConfigDict(convert_dict=True)
                 else:
                     section[last] = value
         except (TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{what}: {name} cannot be {value!r} ({reason})") from None
     return found
+
+
+def _holds_options(name: str) -> bool:
+    """Returns whether a section has no fields of its own, but those of what it describes."""
+    whole = base()
+    return not unknown_field(whole, name) and not len(functools.reduce(operator.getitem, name.split("."), whole))
 
 
 def unknown_field(config: ConfigDict, name: str) -> str:

@@ -179,6 +179,10 @@ def test_changed_copies():
     new = changed(config, {"quant.weight_options": {"candidates": 5}, "model.hidden_dropout": 0.1}, "a test")
     assert new.quant.weight_options.candidates == 5 and new.model.hidden_dropout == 0.1
     assert config.model.hidden_dropout is None and not config.quant.weight_options
+    assert not changed(new, {"quant.weight_options": {}}, "a test").quant.weight_options
+    assert new.quant.weight_options.candidates == 5
+    with pytest.raises(UserError, match="a test: data cannot be {} .only a section of options can be empty"):
+        changed(config, {"data": {}}, "a test")
 
 
 # --- running
