@@ -238,16 +238,17 @@ def post_training_quantization(
     return Quantized(runnable, {"params": frozen, "ranges": ranges}, config, policy, params, ranges, tables)
 
 
-def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def quantize(config: ConfigDict, workdir: str | Path, compare: bool = True) -> dict[str, Any]:
     """Quantizes a trained checkpoint without training: calibrate, quantize, validate.
 
     Args:
       config: `model.name` is the trained checkpoint; `quant` and `calibration` say how.
       workdir: receives `quantized/` (the packed artifact) and, after outlier suppression, `model/` (the float model whose
         outliers moved), unless `save_models` is off; `sites.txt` and the report.
+      compare: evaluate the checkpoint in full precision, too. A sweep has that score from the run that trained it.
 
     Returns:
-      `{'full_precision', 'quantized', 'weight_bytes'}`.
+      `{'full_precision', 'quantized', 'weight_bytes'}`; the first is empty without `compare`.
 
     Raises:
       UserError: on anything that does not fit; a checkpoint without a trained head, for one.
@@ -261,7 +262,7 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     batches = experiment.calibration_batches()
     save_config(config, workdir)
     params = experiment.pretrained.params
-    before = experiment.evaluate(experiment.model, {"params": params})
+    before = experiment.evaluate(experiment.model, {"params": params}) if compare else {}
     quantized = post_training_quantization(experiment, params, policy, batches, rounding, suppression)
     after = experiment.evaluate(quantized.model, quantized.variables)
     family, sizes, policy = experiment.pretrained.family, quantized.config, quantized.policy
@@ -278,9 +279,9 @@ def quantize(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     listing = describe(experiment.model.clone(policy=policy), {"params": params}, *batches[0])
     write_text(workdir / "sites.txt", f"{listing}\n")
     full = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
-    columns = ["model", *before, "MiB of weights"]
-    rows = [["full precision", *before.values(), full / 2**20], ["quantized", *after.values(), size / 2**20]]
-    table = Table(columns, rows, title=experiment.measured)
+    rows = [["full precision", *before.values(), full / 2**20]] if compare else []
+    rows.append(["quantized", *after.values(), size / 2**20])
+    table = Table(["model", *after, "MiB of weights"], rows, title=experiment.measured)
     table.print()
     table.save(workdir, "report")
     result = {"full_precision": before, "quantized": after, "weight_bytes": size}
