@@ -234,8 +234,9 @@ def plan(config: ConfigDict) -> list[Trial]:
                 raise UserError(f"row {row.name!r} names the label {label!r}{near_misses(label, known_labels)}")
     for row in rows:
         for name in row.ignores:
-            if name not in (SEED, *dict(axes)):
-                raise UserError(f"row {row.name!r} ignores {name!r}, which is no axis{near_misses(name, dict(axes))}")
+            known_axes = (SEED, *dict(axes))
+            if name not in known_axes:
+                raise UserError(f"row {row.name!r} ignores {name!r}, which is no axis{near_misses(name, known_axes)}")
     shared = {row.name: section.seeds[0] for row in rows if SEED in row.ignores}
     trials: list[Trial] = []
     known: set[str] = set()
@@ -265,7 +266,7 @@ def plan(config: ConfigDict) -> list[Trial]:
                     Trial(name, group, labels, _path(point), row, seeds, made[row.name], needed, shared=shared)
                 )
         for row in searched:
-            if row.ignores:
+            if set(row.ignores) - {SEED}:
                 raise UserError(
                     f"row {row.name!r} ignores an axis, but is searched; leave sweep.ranges or `ignores` out"
                 )
@@ -281,7 +282,7 @@ def plan(config: ConfigDict) -> list[Trial]:
                         _labels(point),
                         _path(point),
                         row,
-                        tuple(section.seeds),
+                        (shared[row.name],) if row.name in shared else tuple(section.seeds),
                         made[row.name],
                         needed,
                         tuple(section.ranges),

@@ -20,8 +20,10 @@ from qtx.experiments.classification import Classification
 from qtx.experiments.config import base, changed, sweeping
 from qtx.experiments.from_config import policy_from
 from qtx.experiments.plan import ENTRIES, parse_axis, parse_range, parse_seeds
+from qtx.experiments.run import quantize
 from qtx.experiments.sweep import STORAGE_FILE, command_of, with_fields
 from qtx.train.logging import read_metrics
+from qtx.train.report import load_config
 from tests.experiments.test_launch import ROOT, get_config, load_leaves, on_tiny
 
 ROWS = (
@@ -135,6 +137,10 @@ def test_a_row_that_starts_elsewhere_at_one_point_and_is_shared_by_all_seeds(run
     assert len(runs) == 9 and names(runs, tmp_path)[0] == "rte/before/seed_1"
     lines = {(line["task"], line["row"]): line for line in cells(tmp_path)}
     assert ("mrpc", "before") not in lines and "seed_2" not in (tmp_path / "table.md").read_text()
+    searched = tiny_sweep(
+        rows=rows[:1], seeds=(1, 2), sampler="random", samples=2, ranges=(("model.amplify.factor", 1.0, 2.0),)
+    )
+    assert [trial.seeds for trial in plan.plan(searched)] == [(1,), (1,)]
     with pytest.raises(UserError, match="row 'full' names the label 'rt'"):
         plan.plan(tiny_sweep(rows=(rows[0], rows[1] | {"start_at": {"rt": "before"}})))
     with pytest.raises(UserError, match="row 'full' starts from 'before', which is not run at 'mrpc'"):
@@ -523,9 +529,11 @@ def test_published_tables_are_complete(table):
     assert tasks == (by_tokens if table == "minilm" else BY_SIZE)
     for trial in trials:
         full = trial.row.name == "FP32" or trial.config.task == "mnli" != trial.labels["task"]
+        behind_mnli = table == "minilm" and trial.labels["task"] == "rte" and trial.row.name == "FP32"
         assert full != (trial.start == f"{trial.labels['task']}/FP32")
         quantized = trial.row.entry == "quantize" or "qat" in trial.config.recipe
-        assert quantized != full and policy_from(trial.config.quant, 12) is not None
+        assert quantized != full and bool(trial.start) == (quantized or behind_mnli)
+        assert policy_from(trial.config.quant, 12) is not None
     if table == "minilm":  # three seeds of RTE begin with one model of another task, and with heads of their own
         first = [trial for trial in trials if trial.labels["task"] == "rte" and trial.row.name == "FP32"]
         assert len({trial.needs() for trial in first}) == 1 and first[2].needs()[0].endswith("seed_1000")
@@ -557,8 +565,11 @@ def test_full_precision_ptq_and_qat_from_one_model_that_was_interrupted(tiny_con
     report = sweep.sweep(config, tmp_path)
     assert read_metrics(tmp_path / "FP32/seed_7") == before  # nothing was trained twice
     assert [row[0] for row in report.table.rows] == ["FP32", "W8A8", "QAT"] and not report.missing
+    full = json.loads((tmp_path / "FP32/seed_7/result_finetune.json").read_text())
     quantized = json.loads((tmp_path / "W8A8/seed_7/result.json").read_text())
-    assert not quantized["full_precision"] and 0 <= quantized["quantized"]["score"] <= 1  # not measured again
+    assert not quantized["full_precision"]  # is not measured again
+    again = quantize(load_config(tmp_path / "W8A8/seed_7"), tmp_path / "again")
+    assert again["full_precision"]["score"] == full["score"] and again["quantized"] == quantized["quantized"]
     assert json.loads((tmp_path / "QAT/seed_7/result_qat.json").read_text())["step"] == 4
     assert [path.parent.name for path in tmp_path.rglob("*.safetensors")] == ["model"]  # of FP32 alone
     sizes = [float(row["MiB of weights"]) for row in cells(tmp_path)]
