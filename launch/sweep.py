@@ -10,10 +10,11 @@ Several workers share the work if they have one `--workdir` (one machine), or al
 """
 
 import sys
+from pathlib import Path
 
 from absl import flags
 
-from qtx.experiments.app import launch
+from qtx.experiments.app import keep_compiled, launch
 from qtx.experiments.plan import SAMPLERS, parse_axis, parse_range, parse_seeds
 from qtx.experiments.sweep import command_of, sweep, with_fields
 
@@ -42,6 +43,7 @@ def main(config, workdir: str) -> None:
         fields["ranges"] = tuple(parse_range(text) for text in given.range)
     if given.seeds is not None:
         fields["seeds"] = parse_seeds(given.seeds)
+    keep_compiled(Path(workdir) / ".compiled")  # seeds have the same programs, and many a row has one with another
     sweep(
         with_fields(config, **fields),
         workdir,

@@ -207,7 +207,12 @@ def _run_phase(
     history: list[Record],
 ) -> TrainState:
     """Takes the steps that are left of a phase; its evaluations are added to `history`."""
-    step_fn = jax.jit(make_step(phase, optimizer, run.seed, span), donate_argnums=0)
+
+    def train_step(state: TrainState, batch: Batch, constants: Any, seed: jax.Array):
+        return make_step(phase, optimizer, seed, span)(state, batch, constants)
+
+    # The seed is an argument, so that runs which differ in it alone share their compiled programs.
+    step_fn, seed = jax.jit(train_step, donate_argnums=0), replicate(np.uint32(run.seed % 2**32), run.mesh)
     evaluation, saving, name = phase.evaluation, run.saving, phase.name
     due = evaluation.steps(span.length, span.batches_per_epoch) if evaluation else frozenset()
     step = int(state.step)
@@ -218,7 +223,7 @@ def _run_phase(
         while not over:
             batch = next(iterator)
             examples += int(batch["weights"].sum())
-            state, measured = step_fn(state, shard_batch(batch, run.mesh), constants)
+            state, measured = step_fn(state, shard_batch(batch, run.mesh), constants, seed)
             step += 1
             pending.append((step, measured))
             over, is_best = step == span.end, False

@@ -234,14 +234,14 @@ def check_phase(phase: Phase, params: Mapping[str, Any]) -> None:
 
 
 def make_step(
-    phase: Phase, optimizer: optax.GradientTransformation, seed: int, span: Span | None = None
+    phase: Phase, optimizer: optax.GradientTransformation, seed: int | jax.Array, span: Span | None = None
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the train step of a phase: `(state, batch, constants) -> (state, measurements)`, to be compiled.
 
     Args:
       phase: what is trained, and how.
       optimizer: over the trained arrays.
-      seed: of dropout and of random rounding (the random streams `dropout` and `rounding`).
+      seed: of dropout and of random rounding (the random streams `dropout` and `rounding`); it may be traced.
       span: where the phase lies in the run; a phase with a schedule needs it.
     """
 

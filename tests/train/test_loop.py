@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import traverse_util
+from jax.experimental.compilation_cache import compilation_cache
 
 from qtx.errors import UserError
 from qtx.experiments.run import make_recipe, train_and_evaluate
@@ -79,6 +80,31 @@ def test_nothing_is_compiled_after_the_first_epoch(tiny_config):
     *_, step, batches = run_steps(tiny_config, 3 * per_epoch)
     assert len(batches.buckets) == 2
     assert step._cache_size() == len(batches.buckets)
+
+
+def test_seeds_share_their_compiled_programs(tiny_config, tmp_path):
+    tiny_config.model.hidden_dropout = 0.1
+    tiny_config.phases.finetune.steps = 3
+    options = {"jax_compilation_cache_dir": str(tmp_path / "cache"), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in options}
+    weights = []
+    try:
+        for seed in (1, 2):
+            for name, value in options.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+            experiment = setup(tiny_config)
+            batches = experiment.batches("train", 8, shuffle=True, epochs=None, seed=0)
+            recipe, _ = make_recipe(experiment)
+            found = fit(recipe, batches, experiment.variables, experiment.mesh, tmp_path / f"run_{seed}", seed)
+            weights.append(flat(found["params"])["classifier/kernel"])
+            programs = sorted(path.name for path in (tmp_path / "cache").glob("jit_train_step-*-cache"))
+            assert len(programs) == 1
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert np.any(weights[0] != weights[1])  # the seed is that of dropout alone
 
 
 def test_accumulation_equals_the_whole_batch(tiny_config):
