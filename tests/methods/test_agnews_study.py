@@ -9,8 +9,10 @@ import pytest
 
 from qtx import quant
 from qtx.experiments.config import changed
+from qtx.experiments.plan import plan
 from qtx.experiments.run import train_and_evaluate
 from qtx.experiments.setup import setup
+from qtx.experiments.sweep import check_models
 from qtx.methods.agnews_study import PATTERNS, input_policy, without_quantized_biases
 from qtx.methods.patterns import pattern_policy
 from qtx.nn import BertClassifier, check_policy, list_sites
@@ -55,6 +57,29 @@ def test_binarized_with_a_latent_epoch_on_another_encoder(tiny_config, tmp_path)
     assert header["model_type"] == "bert" and kernel.dtype == jnp.float32
     rows = (tmp_path / "curves.csv").read_text().splitlines()
     assert any(row.startswith("finetune") for row in rows) and any(row.startswith("qat") for row in rows)
+
+
+def test_signs_go_on_from_one_epoch_in_the_small_orderings():
+    config = get_config("agnews", "orderings+small")
+    trials = {trial.name.split("/")[1]: trial for trial in plan(config) if trial.seeds == (1000,)}
+    rows = {trial.row.name: trial for trial in trials.values()}
+    assert {name for claim in config.sweep.orderings for name in claim[::2]} <= set(rows)
+    signs = [name for name in rows if name.endswith("+latent")]
+    assert len(signs) == 6
+    first = rows[rows[signs[0]].row.start]
+    for name, trial in rows.items():
+        phases, steps = trial.config.phases, 0.0
+        for run in (first, trial) if name in signs else (trial,):
+            steps += run.config.phases[run.config.recipe[0]].epochs
+        assert len(trial.config.recipe) == 1 and (trial is first or steps == 3)
+        rate = phases[trial.config.recipe[0]].optimizer.learning_rate
+        assert rate == (1e-4 if name.startswith(("binary", "ir_net")) else 5e-4)
+        if name in signs:
+            assert trial.needs() == (first.name,) and not trial.config.model.fresh_head
+    check_models(list(trials.values()))
+    # At the published sizes every row begins from nothing and has the published rate.
+    for trial in plan(get_config("agnews", "orderings")):
+        assert not trial.row.start and trial.config.phases.qat.optimizer.learning_rate == 1e-4
 
 
 def test_progress_reaches_the_grid_by_the_epoch_and_soft_signs_are_not_packed(tiny_config, tmp_path):
