@@ -9,7 +9,7 @@ import sys
 import pytest
 
 FAULTS = """
-import resource, sys
+import resource
 import numpy as np
 from qtx.experiments.app import keep_freed_memory
 print(keep_freed_memory())
@@ -22,7 +22,7 @@ PROGRAM = """
 import sys
 from qtx.experiments.app import keep_compiled
 keep_compiled(sys.argv[1])
-import jax, time
+import jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 print(jax.jit(lambda x: x * 2 + 1)(3))
 """

@@ -77,9 +77,12 @@ def test_signs_go_on_from_one_epoch_in_the_small_orderings():
         if name in signs:
             assert trial.needs() == (first.name,) and not trial.config.model.fresh_head
     check_models(list(trials.values()))
-    # At the published sizes every row begins from nothing and has the published rate.
-    for trial in plan(get_config("agnews", "orderings")):
-        assert not trial.row.start and trial.config.phases.qat.optimizer.learning_rate == 1e-4
+    # At the published sizes every row begins from nothing and has the rate of the configuration, the published one by default.
+    config = get_config("agnews", "orderings")
+    for rate in (1e-4, 2e-4):
+        config.phases.qat.optimizer.learning_rate = rate
+        for trial in plan(config):
+            assert not trial.row.start and trial.config.phases.qat.optimizer.learning_rate == rate
 
 
 def test_progress_reaches_the_grid_by_the_epoch_and_soft_signs_are_not_packed(tiny_config, tmp_path):
