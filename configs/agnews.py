@@ -16,9 +16,9 @@ binarized, and IR-Net), `latent` (BERT's weights to begin with; a first epoch in
     published_METHOD                w8, fully8, binary_PATTERN, ir_net_PATTERN as the original did it, defects included
 
 A method or an experiment with `+small` behind it has a quarter of the study's widths and trains for three epochs, at five
-times the learning rate but for signs: minutes, not hours, on two CPU cores. `orderings` is the rows of all three experiments
+times the learning rate but for signs: a minute an epoch on two CPU cores. `orderings` is the rows of all three experiments
 that its main claims are about. In `orderings+small` the rows of signs begin with one epoch in full precision, the same for
-all: from nothing the study's model needs three epochs of the whole data set to reach 0.5. An epoch takes a minute there.
+all: from nothing the study's model needs three epochs of the whole data set to reach 0.5.
 
 `latent` takes the BERT of the study's width (`--config.model.start=DIRECTORY` for a local copy). `minilm` is `latent` on a
 model as wide as MiniLM, begun from its first two layers. With `--config.model.name=all-MiniLM-L6-v2` any method but the
@@ -96,9 +96,8 @@ def method(name: str, bert: str = BERT, small: bool = False) -> dict:
         raise UserError(f"configs/agnews.py: unknown method {plain!r}{near_misses(plain, known)}")
     fields = dict(known[plain])
     if small and plain.removeprefix("published_").startswith(("binary", "ir_net")):
-        fields |= {
-            "phases.qat.optimizer.learning_rate": RATE
-        }  # signs flip where weights cross zero: no faster than this
+        # A sign flips where its weight crosses zero: at a higher rate all of them do, again and again.
+        fields |= {"phases.qat.optimizer.learning_rate": RATE}
     epochs = SMALL_EPOCHS if small else EPOCHS
     for extra in extras:
         if extra == "latent" and "recipe" not in fields:
