@@ -143,9 +143,11 @@ EXPERIMENTS = {
     },
 }
 # What the study found, as claims about our rows (`~`: within a point).
+COLLAPSE = ("full_precision", ">", "binary_ALL")
 ORDERINGS = {
     "quantization": (("w8", "~", "full_precision"), ("w4", "~", "full_precision"), ("full_precision", ">", "fully8")),
     "patterns": (
+        COLLAPSE,
         ("binary_ALL_wo_final", ">", "binary_ALL"),
         ("binary_ALL_QK", ">", "binary_ALL_QV"),
         ("binary_ALL_QK", ">", "binary_ALL_KV"),
@@ -185,7 +187,8 @@ def small_orderings() -> tuple[tuple[dict, ...], tuple[tuple[str, str, str], ...
     """Returns the rows and claims of `orderings` where rows of signs go on from one epoch in full precision."""
     given = EXPERIMENTS["orderings"]
     signs = {name: f"{name}+latent" for name in given if name.startswith(("binary", "ir_net")) and "+" not in name}
-    from_nothing = [name for name in given if "+" not in name and (name not in signs or signs[name] in given)]
+    compared = (*COLLAPSE, *(name for name, latent in signs.items() if latent in given))
+    from_nothing = [name for name in given if "+" not in name and (name not in signs or name in compared)]
     rows = [_row(name, given[name], small=True) for name in from_nothing]
     rows.append(dict(name=FIRST_EPOCH, changes={"recipe": ("finetune",), "phases.finetune.epochs": 1.0}))
     then = {"phases.qat.epochs": SMALL_EPOCHS - 1.0, "model.fresh_head": False}
@@ -193,7 +196,7 @@ def small_orderings() -> tuple[tuple[dict, ...], tuple[tuple[str, str, str], ...
         row = _row(name, given.get(latent, given[name]), small=True)
         rows.append(row | dict(name=latent, start=FIRST_EPOCH, changes=row["changes"] | then))
     claims = [
-        claim if claim[0] in signs.values() else tuple(signs.get(part, part) for part in claim)
+        claim if claim == COLLAPSE or claim[0] in signs.values() else tuple(signs.get(part, part) for part in claim)
         for claim in ORDERINGS["orderings"]
     ]
     return tuple(rows), tuple(claims)

@@ -81,15 +81,34 @@ def _sums_to(a: jax.Array, b: jax.Array, like: jax.Array) -> tuple[jax.Array, ja
     """
     lead = a.ndim - like.ndim
     axes = tuple(range(lead)) + tuple(lead + i for i, n in enumerate(like.shape) if n == 1 and a.shape[lead + i] != 1)
+    rows = tuple(axis for axis in axes if axis != a.ndim - 1)
 
-    def add(x, y):
-        return x[0] + y[0], x[1] + y[1]
+    def by_parts(a, b):
+        return _add_up(_few_rows(a, b) if a.ndim - 2 in rows else (a, b), rows)
 
-    zeros = (jnp.zeros((), a.dtype), jnp.zeros((), b.dtype))
-    totals = jax.lax.reduce((a, b), zeros, add, tuple(axis for axis in axes if axis != a.ndim - 1))
+    totals = jax.lax.platform_dependent(a, b, cpu=by_parts, default=lambda a, b: _add_up((a, b), rows))
     if a.ndim - 1 in axes:
-        totals = jax.lax.reduce(totals, zeros, add, (totals[0].ndim - 1,))
+        totals = _add_up(totals, (totals[0].ndim - 1,))
     return totals[0].reshape(like.shape).astype(like.dtype), totals[1].reshape(like.shape).astype(like.dtype)
+
+
+def _add_up(pair: tuple[jax.Array, jax.Array], axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Sums both tensors over `axes` in one reduction."""
+    zeros = (jnp.zeros((), pair[0].dtype), jnp.zeros((), pair[1].dtype))
+    return jax.lax.reduce(pair, zeros, lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
+
+
+def _few_rows(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums up to eight rows (of the axis before the last) at a time until few are left.
+
+    XLA's CPU compiler sums one column after the other. With many rows every element is then in a page of memory of its own,
+    which took six times as long. Nothing but that axis is split, as batches may be spread over devices.
+    """
+    pair = a, b
+    while (rows := pair[0].shape[-2]) > 8 and (few := max(n for n in range(1, 9) if rows % n == 0)) > 1:
+        split = tuple(x.reshape(*x.shape[:-2], rows // few, few, x.shape[-1]) for x in pair)
+        pair = _add_up(split, (split[0].ndim - 2,))
+    return pair
 
 
 def _stored(mask: jax.Array, scale: jax.Array) -> jax.Array:

@@ -205,6 +205,33 @@ def test_estimated_ranges_carry_no_gradient():
         np.testing.assert_array_equal(gradient, np.zeros_like(x), err_msg=name)
 
 
+SHAPES = (64, 6), (3, 25, 8), (2, 3, 22, 4), (2, 13, 4), (4, 1, 8)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(
+    "shape, kept", [((), ()), ((128,), ()), *((s, k) for s in SHAPES for k in ((), (0,), (len(s) - 2,), (len(s) - 1,)))]
+)
+def test_gradients_are_summed_over_all_that_share_a_range(shape, kept, compact):
+    """Whatever the number of rows, by which the sums are split."""
+    like = tuple(n if axis in kept else 1 for axis, n in enumerate(shape)) if kept else ()
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=shape) * 4, rng.normal(size=shape)
+    scale, zero = rng.uniform(0.1, 0.5, like), np.full(like, 3.0)
+    level = np.round(x / scale) + zero
+    below, above = level < 0, level > 15
+    slope = np.where(above, 15 - zero, np.where(below, -zero, np.round(x / scale) - x / scale))
+    others = tuple(axis for axis in range(len(shape)) if axis not in kept)
+    function = ste.uniform_compact if compact else ste.uniform
+    args = (jnp.asarray(value, jnp.float32) for value in (x, scale, zero, 0.0, 15.0))
+    _, d_scale, d_zero, *_ = jax.vjp(function, *args)[1](jnp.asarray(g, jnp.float32))
+    error = np.sum(np.abs(g), others) / 504 if compact else 0
+    assert d_scale.shape == d_zero.shape == like
+    assert np.all(np.abs(np.ravel(d_scale) - np.ravel(np.sum(g * slope, others))) <= np.ravel(error) + 1e-4)
+    want = np.sum(np.where(below | above, -scale * g, 0), others)
+    np.testing.assert_allclose(np.ravel(d_zero), np.ravel(want), atol=1e-5)
+
+
 @pytest.mark.parametrize("granularity", [quant.per_tensor(), quant.per_channel(-1)], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_compact_backward_pass_differs_in_the_scale_alone_and_within_its_bound(scheme, granularity):
