@@ -239,8 +239,13 @@ class PairTokenizer:
         """Ids of the target side."""
         return len(self.target)
 
-    def check_sizes(self, source_vocab_size: int, target_vocab_size: int) -> None:
-        """Raises a `UserError` unless a model with tables of these sizes belongs to this tokenizer."""
+    @property
+    def joint(self) -> bool:
+        """Whether both languages share one vocabulary."""
+        return self.source is self.target
+
+    def check_sizes(self, source_vocab_size: int, target_vocab_size: int, one_table: bool = False) -> None:
+        """Raises a `UserError` unless a model with tables of these sizes, or one of both sides, belongs to this tokenizer."""
         sides = (("source", source_vocab_size, len(self.source)), ("target", target_vocab_size, len(self.target)))
         for name, rows, ids in sides:
             if rows != ids:
@@ -248,6 +253,11 @@ class PairTokenizer:
                     f"the tokenizer has {ids} {name} tokens but the model's {name} vocabulary {rows}; "
                     "use the tokenizer that belongs to the checkpoint"
                 )
+        if one_table and not self.joint:  # equal sizes do not make one vocabulary of two
+            raise UserError(
+                "the model has one table for both languages (tied='all') but the tokenizer two vocabularies; use the tokenizer "
+                "that belongs to the checkpoint, or train again with --config.model.sizes.tied=target"
+            )
 
     def encode_source(self, texts: Sequence[str]) -> Rows:
         """Returns the ids of source sentences, without markers; an empty sentence has none."""
@@ -268,7 +278,6 @@ class PairTokenizer:
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `pair_tokenizer.json` into a directory, whole or not at all."""
-        joint = self.source is self.target
         content = {
             "version": _VERSION,
             "kind": self.kind,
@@ -276,7 +285,7 @@ class PairTokenizer:
             "source_language": self.task.source,
             "target_language": self.task.target,
             "source": self.source.to_json(),
-            "target": None if joint else self.target.to_json(),
+            "target": None if self.joint else self.target.to_json(),
         }
         write_text(Path(directory) / FILE, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 

@@ -49,8 +49,8 @@ class Pairs:
         return len(self.source)
 
     def take(self, rows: np.ndarray) -> Pairs:
-        """Returns the pairs at these row numbers, in that order."""
-        return Pairs([self.source[row] for row in rows], [self.target[row] for row in rows], self.dropped)
+        """Returns the pairs at these row numbers, in that order; none was left out of them."""
+        return Pairs([self.source[row] for row in rows], [self.target[row] for row in rows])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,6 +137,8 @@ _FILES: dict[str, dict[str, Sequence[str]]] = {
     "iwslt14": {"train": ("train", "train_subset"), "validation": ("valid",), "test": ("test",)},
 }
 _NEEDED = ("train", "validation", "test")
+FURTHER_TESTS = tuple(name for splits in _FILES.values() for name in splits if name not in _NEEDED)
+"""Tests that a corpus may have beside `test`."""
 
 
 def _load_files(task: TranslationTask, data_dir: str | os.PathLike[str] | None, seed: int) -> dict[str, Pairs]:

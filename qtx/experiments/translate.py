@@ -17,7 +17,7 @@ from qtx.data.reading import read_text, standard_input
 from qtx.errors import UserError
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
 from qtx.files import write_text
-from qtx.methods.translation import Decoding, translate_all
+from qtx.methods.translation import Decoding, check_positions, translate_all
 from qtx.nn.encoder_decoder import EncoderDecoderConfig
 from qtx.train.logging import progress
 from qtx.train.sharding import make_mesh
@@ -69,7 +69,7 @@ class Translator:
             model = checkpoint.family.module(config=config)
         if not isinstance(config, EncoderDecoderConfig):
             raise UserError(f"{name} does not translate; give the directory of a translation model")
-        tokenizer.check_sizes(config.source_vocab_size, config.target_vocab_size)
+        tokenizer.check_sizes(config.source_vocab_size, config.target_vocab_size, config.tied == "all")
         return cls(model, variables, tokenizer, make_mesh())
 
     def __call__(
@@ -89,9 +89,15 @@ class Translator:
 
         Returns:
           As many translations, in the order of the sentences.
+
+        Raises:
+          UserError: on one text in place of several, or lengths below 1 or beyond the positions of the model.
         """
+        if isinstance(sentences, str):
+            raise UserError("sentences must be a list of texts; put the one text into a list")
         if max_length < 1:
             raise UserError(f"max_length must be at least 1, got {max_length}")
+        check_positions(self.model.config, {"max_length": max_length, "limit": decoding.limit})  # type: ignore[attr-defined]
         rows = self.tokenizer.encode_source(sentences)
         long = [str(number) for number, length in enumerate(rows.lengths, 1) if length > max_length]
         if long and warn is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import flax.linen as nn
@@ -16,12 +17,12 @@ from ml_collections import ConfigDict
 from qtx import models
 from qtx.data import pair_tokenizer
 from qtx.data.pair_batching import PairBatches, bucket_shapes
-from qtx.data.pair_tokenizer import encode_pairs
-from qtx.data.parallel import ParallelDataset, load_pairs, load_parallel
+from qtx.data.pair_tokenizer import EncodedPairs, encode_pairs
+from qtx.data.parallel import Pairs, ParallelDataset, load_pairs, load_parallel
 from qtx.data.tasks import CORPORA, TranslationTask, get_translation_task, languages_of
 from qtx.errors import UserError
 from qtx.experiments.experiment import LABELLED, Experiment, check_model, family_and_sizes, from_nothing, load_model
-from qtx.methods.translation import Decoding, TranslationLoss, smoothed_kl, translate_all
+from qtx.methods.translation import Decoding, TranslationLoss, check_positions, smoothed_kl, translate_all
 from qtx.nn.encoder_decoder import EncoderDecoderConfig
 from qtx.train.phase import inputs
 from qtx.train.sharding import shard_batch
@@ -60,9 +61,9 @@ class Translation(Experiment):
         c = config.translation
         decoding_of(config)  # both check their fields
         TranslationLoss(c.label_smoothing, c.divisor)
-        for name, length in (("data.max_length", config.data.max_length), ("translation.limit", c.limit)):
-            if length > sizes.max_positions:
-                raise UserError(f"{name} {length} exceeds the model's {sizes.max_positions} positions")
+        check_positions(sizes, {"data.max_length": config.data.max_length, "translation.limit": c.limit})
+        if from_nothing(config.model):
+            _check_tied(config, sizes)
         dataset = load_dataset(config)
         train = dataset.splits["train"]
         if from_nothing(config.model):
@@ -72,18 +73,31 @@ class Translation(Experiment):
         else:
             directory = models.locate(config.model.name)
             tokenizer = pair_tokenizer.load(directory, dataset.task.direction)
-            tokenizer.check_sizes(sizes.source_vocab_size, sizes.target_vocab_size)
+            tokenizer.check_sizes(sizes.source_vocab_size, sizes.target_vocab_size, sizes.tied == "all")
         model, ranges, pretrained = load_model(
             config,
             None,
             source_vocab_size=tokenizer.source_vocab_size,
             target_vocab_size=tokenizer.target_vocab_size,
         )
-        encoded = {
-            name: encode_pairs(tokenizer, split, config.data.max_length, train=name == "train")
-            for name, split in dataset.splits.items()
-        }
-        return cls(config, tokenizer, pretrained, model, ranges, encoded, mesh, dataset)
+        encoded: dict[str, Any] = {}
+        found = cls(config, tokenizer, pretrained, model, ranges, encoded, mesh, dataset)
+        for split in ("train", *LABELLED):
+            if split in dataset.splits:
+                found.encode(split)
+        return found
+
+    def encode(self, split: str) -> EncodedPairs:
+        """Returns the token ids of a split. Those of further tests, which training does not read, are made when asked for.
+
+        The first time a line says how many pairs were left out or cut, if any were.
+        """
+        if split not in self.encoded:
+            pairs, longest = self.dataset.splits[split], self.config.data.max_length
+            self.encoded[split] = encode_pairs(self.tokenizer, pairs, longest, train=split == "train")
+            if said := _left_out(split, pairs, self.encoded[split], longest):
+                print(said, flush=True)
+        return self.encoded[split]
 
     @property
     def measured(self) -> str:
@@ -121,7 +135,8 @@ class Translation(Experiment):
         encoded = self.encoded["train"]
         shapes = bucket_shapes(encoded, 1)
         found = PairBatches(encoded, batch_size * max(shapes[0]), shapes, seed=self.config.seed)
-        return [b for b in (found[i] for i in range(found.batches_per_epoch)) if b["weights"].all()][:count]
+        whole = (b for b in (found[i] for i in range(found.batches_per_epoch)) if b["weights"].all())
+        return list(islice(whole, count))  # the others of the epoch are never made
 
     def evaluate(
         self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str] = LABELLED, quick: bool = False
@@ -136,9 +151,9 @@ class Translation(Experiment):
         decoding = dataclasses.replace(decoding_of(self.config), **({"beam": 1} if quick else {}))
         found: dict[str, float] = {}
         for split in splits:
-            if split not in self.encoded:
+            if split not in self.dataset.splits:
                 continue
-            encoded, references = self.encoded[split], self.dataset.splits[split].target
+            encoded, references = self.encode(split), self.dataset.splits[split].target
             ids = translate_all(model, variables, encoded.source, decoding, self.mesh, drawn)
             prefix = "" if split == "validation" else f"{split}_"
             texts = self.tokenizer.decode_target(ids)
@@ -146,7 +161,8 @@ class Translation(Experiment):
             if self.config.translation.published_bleu:
                 pad = self.pad_id
                 tokens = [[token for token in row if token != pad] for row in ids.tolist()]
-                values["published_bleu"] = 100 * nltk_bleu(tokens, [row.tolist() for row in encoded.target])
+                right = [encoded.target[row].tolist() for row in range(len(encoded))]
+                values["published_bleu"] = 100 * nltk_bleu(tokens, right)
             values["loss"] = self.loss(model, variables, split)
             found |= {prefix + name: value for name, value in values.items()}
         return found | ({"score": found["bleu"] / 100} if "bleu" in found else {})
@@ -176,6 +192,28 @@ def decoding_of(config: ConfigDict) -> Decoding:
     return Decoding(c.beam, c.length_penalty, c.limit, config.data.eval_batch_size, config.data.eval_buckets)
 
 
+def _check_tied(config: ConfigDict, sizes: EncoderDecoderConfig) -> None:
+    """Raises a `UserError` if a model from nothing has one table for two vocabularies, whatever their sizes."""
+    c = config.translation
+    two = {"words": "translation.tokenizer='words'"} | ({} if c.joint else {"subwords": "translation.joint=False"})
+    if sizes.tied != "all" or c.tokenizer not in two:
+        return
+    raise UserError(
+        f"model.sizes: tied='all' is one table of one vocabulary, but {two[c.tokenizer]} makes two vocabularies; set "
+        "--config.model.sizes.tied=target (or none)"
+    )
+
+
+def _left_out(split: str, pairs: Pairs, encoded: EncodedPairs, longest: int) -> str:
+    """Returns what is to be said of the pairs of a split that were left out or cut; '' if none were."""
+    empty, long, cut = pairs.dropped + encoded.dropped_empty, encoded.dropped_long, int(encoded.cut.sum())
+    all_pairs = f"{len(pairs) + pairs.dropped:,} pairs"
+    if empty or long:
+        reasons = f"{long:,} longer than {longest} tokens, {empty:,} with an empty side"
+        return f"{split}: {empty + long:,} of {all_pairs} left out ({reasons})"
+    return f"{split}: {cut:,} of {all_pairs} cut after {longest} tokens" if cut else ""
+
+
 def load_dataset(config: ConfigDict) -> ParallelDataset:
     """Loads the sentence pairs that a configuration names."""
     c = config.data
@@ -183,4 +221,10 @@ def load_dataset(config: ConfigDict) -> ParallelDataset:
     if config.task != "parallel":
         return load_pairs(get_translation_task(config.task, c.direction), c.dir, c.seed, *limits)
     files = {split: tuple(paths) for split, paths in c.pairs.items() if any(paths)}
+    for split, paths in files.items():
+        if len(paths) != 2 or not all(paths):
+            side = "source" if not paths[0] else "target"
+            raise UserError(
+                f"data.pairs.{split}: the {side} file is missing in {paths}; give both, as in ('a.en', 'a.de')"
+            )
     return load_parallel(TranslationTask("parallel", *languages_of(c.direction)), files, c.seed, *limits)

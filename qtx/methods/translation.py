@@ -21,6 +21,7 @@ from qtx.data.batching import bucket_lengths, in_order, plan_epoch
 from qtx.data.pair_tokenizer import Rows
 from qtx.errors import UserError
 from qtx.nn.decoding import translate
+from qtx.nn.encoder_decoder import EncoderDecoderConfig
 from qtx.train.phase import Batch, Forward
 from qtx.train.sharding import replicate, shard_batch, shard_tree
 
@@ -94,8 +95,8 @@ class Decoding:
       beam: hypotheses of each sentence; 1: greedy search.
       length_penalty: exponent of the length factor, see `qtx.nn.decoding`.
       limit: tokens of a translation.
-      batch_size: sentences that are decoded together.
-      buckets: source lengths that are compiled.
+      batch_size: sentences that are decoded together at most.
+      buckets: source lengths that are compiled at most.
 
     Raises:
       UserError: on a value out of range.
@@ -115,6 +116,28 @@ class Decoding:
             raise UserError(f"decoding: length_penalty must not be negative, got {self.length_penalty}")
 
 
+def check_positions(sizes: EncoderDecoderConfig, lengths: Mapping[str, int]) -> None:
+    """Raises a `UserError` if a number of tokens, by its name, exceeds the positions of a model."""
+    for name, length in lengths.items():
+        if length > sizes.max_positions:
+            raise UserError(f"{name} {length} exceeds the model's {sizes.max_positions} positions")
+
+
+def batch_rows(sentences: int, batch_size: int, parts: int = 1) -> int:
+    """Returns the rows of a batch: not many more than there are sentences, as an empty row costs what any other does.
+
+    Args:
+      sentences: how many there are, at least 1.
+      batch_size: the most rows.
+      parts: devices that share a batch; the rows are a multiple of it if `batch_size` is.
+
+    Returns:
+      A power of two, so that few numbers of rows are compiled, or the next multiple of `parts`.
+    """
+    enough = 1 << (sentences - 1).bit_length()
+    return min(batch_size, -(-enough // parts) * parts)
+
+
 def translate_all(
     model: nn.Module,
     variables: Mapping[str, Any],
@@ -125,6 +148,8 @@ def translate_all(
     told: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Translates sentences, those of like length together, and returns the results in the order of the sentences.
+
+    Sentences that one batch holds are padded to one length: to compile another takes longer than to translate them.
 
     Args:
       model: an encoder-decoder; with a policy for weights it quantizes them in every step, see
@@ -143,8 +168,10 @@ def translate_all(
         return np.zeros((0, decoding.limit + 1), np.int32)
     pad = model.config.pad_token_id  # type: ignore[attr-defined]
     longest = max(int(source.lengths.max()), 1)
-    lengths = bucket_lengths(source.lengths, -(-longest // 8) * 8, decoding.buckets)
-    plan, numbers = plan_epoch(np.searchsorted(lengths, source.lengths), decoding.batch_size, shuffle=False)
+    buckets = 1 if len(source) <= decoding.batch_size else decoding.buckets
+    lengths = bucket_lengths(source.lengths, -(-longest // 8) * 8, buckets)
+    rows = batch_rows(len(source), decoding.batch_size, mesh.shape["data"])
+    plan, numbers = plan_epoch(np.searchsorted(lengths, source.lengths), rows, shuffle=False)
     found, done = [], 0
     with jax.set_mesh(mesh):
         placed = {name: replicate(tree, mesh) for name, tree in variables.items() if name != "params"}

@@ -185,6 +185,14 @@ def test_a_model_of_other_sizes_is_refused():
         tokenizer.check_sizes(9, 99)
 
 
+def test_one_table_is_for_one_vocabulary():
+    twice, once = (fit("subwords", PAIRS, TASK, size=262, joint=joint) for joint in (False, True))
+    assert twice.source_vocab_size == twice.target_vocab_size and not twice.joint and once.joint
+    once.check_sizes(once.source_vocab_size, once.target_vocab_size, one_table=True)
+    with pytest.raises(UserError, match="one table for both languages .* two vocabularies.*sizes.tied=target"):
+        twice.check_sizes(twice.source_vocab_size, twice.target_vocab_size, one_table=True)
+
+
 @pytest.mark.parametrize("kind, joint", KINDS)
 def test_damaged_files(tmp_path, kind, joint):
     with pytest.raises(UserError, match=f"no {FILE} in .*nowhere"):

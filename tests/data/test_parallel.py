@@ -176,6 +176,7 @@ def test_pairs_with_an_empty_side_are_dropped_in_training_alone(tmp_path):
     validation = splits["validation"]
     assert validation.source == ["a", "", "c", "", "e"] and validation.target == ["1", "2", "", "", "5"]
     assert validation.dropped == 0
+    assert splits["train"].take(np.array([1])).dropped == 0  # it is of those that are left
 
 
 def test_limits_keep_a_seeded_subset_in_order(tmp_path):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from qtx.data.pair_tokenizer import Rows
 from qtx.errors import UserError
-from qtx.methods.translation import Decoding, TranslationLoss, smoothed_kl, translate_all
+from qtx.methods import translation
+from qtx.methods.translation import Decoding, TranslationLoss, batch_rows, smoothed_kl, translate_all
 from qtx.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from qtx.train.sharding import make_mesh
 
@@ -103,3 +104,32 @@ def test_sentences_come_back_in_their_order_whatever_shares_their_batch():
         alone = translate_all(model, variables, Rows.of([rows[number]]), options, mesh)
         np.testing.assert_array_equal(alone[0], found[number])
     assert translate_all(model, variables, Rows.of([]), options, mesh).shape == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "batch_size", "parts", "rows"),
+    [(1, 64, 1, 1), (5, 64, 1, 8), (64, 64, 1, 64), (65, 64, 1, 64), (3, 3, 1, 3), (1, 64, 8, 8), (5, 60, 6, 12)],
+)
+def test_rows_of_a_batch(sentences, batch_size, parts, rows):
+    assert batch_rows(sentences, batch_size, parts) == rows
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shapes"),
+    [
+        ((5,), [(1, 8)]),
+        ((1, 9, 17, 25, 3), [(8, 32)]),  # what one batch holds is compiled for one length
+        ((1, 9, 1, 9, 1, 9, 1, 9, 1), [(8, 8), (8, 16)]),
+    ],
+)
+def test_few_sentences_make_a_small_batch(monkeypatch, lengths, shapes):
+    seen = []
+
+    def pretend(model, variables, ids, *, limit, **options):
+        seen.append(ids.shape)
+        return type("Decoded", (), {"tokens": np.zeros((len(ids), limit + 1), np.int32)})
+
+    monkeypatch.setattr(translation, "translate", pretend)
+    source = Rows.of([[4] * length for length in lengths])
+    translate_all(EncoderDecoder(CONFIG), {"params": {}}, source, Decoding(batch_size=8, limit=3), make_mesh())
+    assert seen == shapes
