@@ -768,10 +768,15 @@ def test_launcher_ends_with_one_line_and_status_1(tmp_path, argument, named):
 
 
 def test_help_shows_the_flags_of_all_launchers_and_where_fields_are_explained():
-    command = [sys.executable, "launch/quantize.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    for words in ("--config:", "--workdir:", "--data_dir:", "qtx/experiments/config.py"):
-        assert words in done.stdout
+    expected = {
+        "quantize": ("--config:", "--workdir:", "--data_dir:", "qtx/experiments/config.py"),
+        "translate": ("--model:", "--output: File to write when everything is translated"),
+    }
+    for name, words in expected.items():
+        command = [sys.executable, f"launch/{name}.py", "--help"]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert all(each in done.stdout for each in words), done.stdout
 
 
 @pytest.fixture
@@ -800,7 +805,14 @@ def translation_config(parallel_files):
         ({"translation.label_smoothing": 1.5}, ["label_smoothing 1.5"]),
         ({"translation.divisor": "sentences"}, ["'sentences'", "'tokens'"]),
         ({"translation.beam": 0}, ["beam", "at least 1"]),
-        ({"phases.finetune.batch_size": 4}, ["token_budget 4", "at least"]),
+        ({"phases.finetune.batch_size": 4}, ["4 tokens", "phases.*.batch_size", "use at least"]),
+        ({"model.sizes": {"tied": "all"}}, ["tied='all'", "'words'", "--config.model.sizes.tied=target"]),
+        (
+            {"model.sizes": {"tied": "all"}, "translation.tokenizer": "subwords", "translation.joint": False},
+            ["tied='all'", "translation.joint=False", "--config.model.sizes.tied=target"],
+        ),
+        ({"data.pairs": {"validation": ("a.en", "")}}, ["data.pairs.validation", "target file is missing"]),
+        ({"data.pairs": {"test": ("", "a.de")}}, ["data.pairs.test", "source file is missing"]),
         ({"data.plan": "random"}, ["'random'", "buckets"]),
         ({"model.amplify.sites": ("x",)}, ["model.amplify"]),
         ({"recipe": ("qat",), "quant.evaluation_rounding": "dice"}, ["'dice'", "'drawn'"]),
@@ -810,12 +822,13 @@ def translation_config(parallel_files):
 def test_translation(translation_config, tmp_path, fields, named):
     found = train(changed(translation_config, fields, "test"), tmp_path)
     assert all(word in found for word in named), found
+    assert not (tmp_path / "run").exists()  # nothing is left that a later run would have to fit
 
 
 def test_a_model_and_a_task_of_different_kinds(tiny_config, translation_config, tmp_path):
     checkpoint = tiny_config.model.name
     tiny_config.model.name = "encoder_decoder"
-    assert "needs a model that classifies" in train(tiny_config, tmp_path)
+    assert "needs a model that classifies" in (text := train(tiny_config, tmp_path)) and "--config.task" in text
     translation_config.model.name, translation_config.model.sizes = checkpoint, {}
     assert "is no encoder-decoder" in train(translation_config, tmp_path)
 

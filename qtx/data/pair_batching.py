@@ -112,7 +112,7 @@ class PairBatches(PlannedBatches):
     shard_count: int = 1
 
     def __post_init__(self) -> None:
-        require_positive(token_budget=self.token_budget, rows_multiple=self.rows_multiple)
+        require_positive(rows_multiple=self.rows_multiple)
         self._check_run()
         if self.plan not in PLANS:
             raise UserError(f"unknown plan {self.plan!r}{near_misses(self.plan, PLANS)}")
@@ -126,11 +126,15 @@ class PairBatches(PlannedBatches):
         if longest[0] > self.shapes[-1][0] or longest[1] > self.shapes[-1][1]:
             raise UserError(f"the longest pair has {longest} tokens, more than the last shape's {self.shapes[-1]}")
         if self.plan == "published":
-            least, what = int(_costs(self.encoded).max()), "one pair"
+            least, what = int(_costs(self.encoded).max()), "the longest pair"
         else:
-            least, what = max(self.shapes[-1]) * self._multiple, f"{self._multiple} rows of {self.shapes[-1]}"
+            (source, target), many = self.shapes[-1], self._multiple
+            devices = "" if many == 1 else f" for each of {many} devices"
+            least, what = max(source, target) * many, f"a pair of {source} source and {target} target tokens{devices}"
         if self.token_budget < least:
-            raise UserError(f"token_budget {self.token_budget} does not hold {what}; use at least {least}")
+            raise UserError(
+                f"a batch of {self.token_budget} tokens (phases.*.batch_size) does not hold {what}; use at least {least}"
+            )
 
     @property
     def _multiple(self) -> int:

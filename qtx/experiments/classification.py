@@ -152,7 +152,10 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Classifi
     mesh = check_model(config.model, config.model_parallel)
     _, sizes = family_and_sizes(config.model)
     if not isinstance(sizes, BertConfig):
-        raise UserError(f"task {config.task!r} needs a model that classifies texts, unlike {config.model.name!r}")
+        raise UserError(
+            f"task {config.task!r} needs a model that classifies texts, unlike {config.model.name!r}; "
+            "set --config.task to a task that the model is for"
+        )
     directory = models.locate(config.model.tokenizer if from_nothing(config.model) else config.model.name)
     if config.data.max_length > sizes.max_positions:
         raise UserError(f"data.max_length {config.data.max_length} exceeds the model's {sizes.max_positions} positions")

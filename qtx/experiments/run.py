@@ -19,9 +19,10 @@ import jax
 from ml_collections import ConfigDict
 
 from qtx import models
+from qtx.data.parallel import FURTHER_TESTS
 from qtx.errors import UserError
 from qtx.experiments.config import base, phases_of
-from qtx.experiments.experiment import VALIDATION, Experiment
+from qtx.experiments.experiment import LABELLED, VALIDATION, Experiment
 from qtx.experiments.from_config import evaluation_from, optimizer_from, policy_from, rounding_from, suppression_from
 from qtx.experiments.setup import setup
 from qtx.experiments.teaching import remaining_steps, taught
@@ -132,11 +133,11 @@ def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
             f"{config.model.name} is a packed artifact, whose weights are not trained; give a float checkpoint"
         )
     recipe, policy = make_recipe(experiment)
+    first = config.phases[config.recipe[0]]
+    batches = experiment.batches("train", first.batch_size, shuffle=True, epochs=None, seed=config.seed)
     if (workdir / "checkpoints").is_dir() and (workdir / "config.json").is_file():
         check_config(config, workdir, base())
     save_config(config, workdir)
-    first = config.phases[config.recipe[0]]
-    batches = experiment.batches("train", first.batch_size, shuffle=True, epochs=None, seed=config.seed)
     found: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
@@ -181,11 +182,13 @@ class Quantized:
     """A model after post-training quantization.
 
     Attributes:
-      model: module to run: its policy covers the activations.
-      variables: `params` with the weights on their grids, and `ranges`.
+      model: module to run: its policy covers the activations; with `quant.published_evaluation`, which draws weights in every
+        call, all that is quantized.
+      variables: `params` with the weights on their grids (float as long as `model` quantizes them), and `ranges`.
       config: its sizes; those of the float model, unless norms migrated.
       policy: the whole policy.
-      params: the float parameters, rounded by AdaRound if that is on, migrated by outlier suppression.
+      params: the float parameters, rounded by AdaRound if that is on, migrated by outlier suppression; with
+        `quant.evaluation_rounding='drawn'` the draw, so that it is what an artifact holds.
       ranges: of weights and activations.
       tables: what AdaRound or outlier suppression did, by name.
     """
@@ -232,10 +235,15 @@ def post_training_quantization(
     if rounded is not None:
         params, weights = rounded.params, rounded.ranges
     ranges = calibrate(model, params, batches, weights=weights, **calibration_options(experiment.config))
-    runnable, frozen = with_frozen_weights(model, sites, params, ranges)
     if rounded is not None:
         tables["rounding"] = rounded.table()
-    return Quantized(runnable, {"params": frozen, "ranges": ranges}, config, policy, params, ranges, tables)
+    quant = experiment.config.quant
+    key = jax.random.key(experiment.config.seed) if quant.evaluation_rounding == "drawn" else None
+    runnable, frozen = with_frozen_weights(model, sites, params, ranges, key)
+    variables = {"params": frozen, "ranges": ranges}
+    if quant.published_evaluation:
+        runnable, variables = model, {"params": params, "ranges": ranges}
+    return Quantized(runnable, variables, config, policy, params if key is None else frozen, ranges, tables)
 
 
 def quantize(config: ConfigDict, workdir: str | Path, compare: bool = True) -> dict[str, Any]:
@@ -292,7 +300,7 @@ def quantize(config: ConfigDict, workdir: str | Path, compare: bool = True) -> d
 def evaluate(config: ConfigDict, workdir: str | Path | None = None) -> dict[str, float]:
     """Evaluates a trained checkpoint or a packed artifact (`model.name`) on the task's validation data.
 
-    A labelled test split is evaluated, too; see `Experiment.evaluate`.
+    A labelled test split is evaluated, too, and of a corpus of sentence pairs every further test; see `Experiment.evaluate`.
 
     Args:
       config: see `qtx.experiments.config`.
@@ -300,7 +308,7 @@ def evaluate(config: ConfigDict, workdir: str | Path | None = None) -> dict[str,
     """
     experiment = setup(config)
     require_trained(experiment)
-    values = experiment.evaluate(experiment.model, experiment.variables)
+    values = experiment.evaluate(experiment.model, experiment.variables, (*LABELLED, *FURTHER_TESTS))
     Table(["model", *values], [[config.model.name, *values.values()]], title=experiment.measured).print()
     if workdir:
         save_config(config, workdir)

@@ -71,9 +71,10 @@ def locate(name: str) -> Path:
       name: a directory, one of `PACKAGED`, or a Hugging Face id (downloaded into its cache).
 
     Raises:
-      UserError: if there is no such thing, saying what was tried.
+      UserError: if there is no such thing, saying what was tried, or if it is a run, whose models are below it.
     """
     if os.path.isdir(name):
+        _check_no_run(Path(name))
         return Path(name)
     if name in PACKAGED:
         package, folder, requirement = PACKAGED[name]
@@ -98,6 +99,13 @@ def locate(name: str) -> Path:
             f"checkpoint {name!r} is neither a directory nor to be had from the Hugging Face hub ({reason}); "
             f"give a directory, a packaged model ({known}), or, to train, one made from nothing: {made}"
         ) from None
+
+
+def _check_no_run(directory: Path) -> None:
+    below = [str(path) for path in (directory / "model", directory / "quantized") if (path / "config.json").is_file()]
+    weights = ("*.safetensors", "pytorch_model*.bin")
+    if below and not any(any(directory.glob(pattern)) for pattern in weights):
+        raise UserError(f"{directory} is the directory of a run; give its model: {' or '.join(below)}")
 
 
 def _read_hf(directory: Path) -> dict[str, Any]:

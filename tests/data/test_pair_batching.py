@@ -265,11 +265,11 @@ def test_the_shift():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"token_budget": 0}, "token_budget must be at least 1, got 0"),
-        ({"token_budget": 39}, r"token_budget 39 does not hold 1 rows of \(40, 8\); use at least 40"),
-        ({"token_budget": 79, "rows_multiple": 2}, r"does not hold 2 rows of \(40, 8\); use at least 80"),
-        ({"token_budget": 79, "shard_count": 2}, r"does not hold 2 rows of \(40, 8\); use at least 80"),
-        ({"token_budget": 36, "plan": "published"}, "token_budget 36 does not hold one pair; use at least 37"),
+        ({"token_budget": 0}, r"a batch of 0 tokens \(phases.\*.batch_size\) does not hold .*; use at least 40"),
+        ({"token_budget": 39}, r"39 tokens .* does not hold a pair of 40 source and 8 target tokens; use at least 40"),
+        ({"token_budget": 79, "rows_multiple": 2}, "8 target tokens for each of 2 devices; use at least 80"),
+        ({"token_budget": 79, "shard_count": 2}, "8 target tokens for each of 2 devices; use at least 80"),
+        ({"token_budget": 36, "plan": "published"}, "36 tokens .* does not hold the longest pair; use at least 37"),
         ({"plan": "publshed"}, "unknown plan 'publshed'; did you mean 'published'"),
         ({"rows_multiple": 0}, "rows_multiple must be at least 1"),
         ({"shard_index": 2, "shard_count": 2}, "shard_index must be from 0 to 1, got 2"),

@@ -9,10 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qtx import models
+from qtx.data.pair_batching import PairBatches
+from qtx.data.parallel import FURTHER_TESTS
 from qtx.data.tasks import CORPORA
 from qtx.errors import UserError
 from qtx.experiments.config import base
-from qtx.experiments.run import evaluate, make_recipe, quantize, train_and_evaluate
+from qtx.experiments.run import (
+    evaluate,
+    make_recipe,
+    policy_to_apply,
+    post_training_quantization,
+    quantize,
+    train_and_evaluate,
+)
 from qtx.experiments.setup import setup
 from qtx.experiments.translate import Translator, translate_file
 from qtx.experiments.translation import TASKS, Translation
@@ -150,7 +160,7 @@ def test_no_line_is_lost_or_out_of_order(trained, kind, tmp_path):
     assert "cut after 10 tokens: 1 (lines 8)" in told[0]
     assert told[1].startswith("1 of ") and "not in the vocabulary" in told[1]
     # A sentence alone gives what it gave among others.
-    assert translator(lines[:1], DECODING) == found[:1]
+    assert translator(lines[:1], DECODING, max_length=10) == found[:1]
     (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in lines))
     translate_file(str(workdir / kind), str(tmp_path / "in.txt"), str(tmp_path / "out.txt"), None, DECODING, 10)
     assert (tmp_path / "out.txt").read_text() == "".join(f"{line}\n" for line in found)
@@ -160,7 +170,7 @@ def test_standard_input_and_bad_models(trained, tiny_checkpoint):
     _, workdir, _ = trained
 
     def command(model, *flags, text=b"two three\n\nfive six\n"):
-        arguments = [f"--model={model}", "--beam=1", "--limit=8", "--batch_size=8", *flags]
+        arguments = [f"--model={model}", "--beam=1", "--limit=8", "--max_length=10", "--batch_size=8", *flags]
         return subprocess.run(
             [sys.executable, "launch/translate.py", *arguments],
             cwd=ROOT,
@@ -177,6 +187,7 @@ def test_standard_input_and_bad_models(trained, tiny_checkpoint):
     for model, flag, said in (
         (tiny_checkpoint, "--limit=8", b"does not translate"),
         (workdir / "model", "--direction=de-en", b"translates en-de, not de-en"),
+        (workdir, "--limit=8", b"directory of a run; give its model: " + str(workdir / "model").encode()),
     ):
         done = command(model, flag)
         assert done.returncode == 1 and said in done.stderr and b"Traceback" not in done.stderr
@@ -189,6 +200,108 @@ def test_a_vocabulary_of_another_model(trained, tmp_path):
     (copy / "pair_tokenizer.json").write_text(content.replace('"sechs"', '"sechs", "sieben"'))
     with pytest.raises(UserError, match="target vocabulary"):
         Translator.load(str(copy))
+
+
+def test_what_a_translator_does_not_take(trained):
+    translator = Translator.load(str(trained[1] / "model"))
+    for arguments, said in (
+        (("one two", DECODING, 10), "a list of texts"),
+        ((["one two"], DECODING, 33), "max_length 33 exceeds the model's 32 positions"),
+        ((["one two"], Decoding(limit=40), 10), "limit 40 exceeds the model's 32 positions"),
+    ):
+        with pytest.raises(UserError, match=said):
+            translator(*arguments)
+
+
+def trained_config(trained):
+    """The configuration to go on with the trained model in full precision."""
+    config = make_config(Path(trained[0].data.pairs.train[0]).parent)
+    config.model.name, config.model.sizes = str(trained[1] / "model"), {}
+    return config
+
+
+def test_further_tests_are_evaluated_at_the_end_alone(trained, corpus, tmp_path):
+    folder = tmp_path / "multi30k"
+    folder.mkdir()
+    files = {"train": "train", "val": "validation", "test_2016_flickr": "test", "test_2018_flickr": "test"}
+    for name, split in files.items():
+        for language in ("en", "de"):
+            shutil.copy(corpus / f"{split}.{language}", folder / f"{name}.{language}")
+    config = trained_config(trained)
+    config.task, config.data.dir = "multi30k", str(tmp_path)
+    experiment = setup(config)
+    assert set(experiment.encoded) == set(SPLITS)
+    assert set(FURTHER_TESTS) == {"test_2017_flickr", "test_2017_mscoco", "test_2018_flickr"}
+    found = evaluate(config)
+    assert found["test_2018_flickr_bleu"] == found["test_bleu"] > 60
+    assert found["score"] == found["bleu"] / 100 and not any(name.startswith("test_2017") for name in found)
+
+
+def test_what_is_left_out_is_told(corpus, tmp_path, capsys):
+    config = make_config(corpus)
+    assert setup(config) and not capsys.readouterr().out
+    for language, word, more in (("en", "one", "\nsix\n"), ("de", "eins", "sechs\n\n")):
+        long = f"{word} " * 11 + "\n"
+        (tmp_path / f"train.{language}").write_text((corpus / f"train.{language}").read_text() + more + long)
+        (tmp_path / f"validation.{language}").write_text(f"{word}\n{long}")
+    config.data.pairs.train, config.data.pairs.validation = (
+        tuple(str(tmp_path / f"{split}.{language}") for language in ("en", "de")) for split in ("train", "validation")
+    )
+    setup(config)
+    assert capsys.readouterr().out.splitlines() == [
+        "train: 3 of 403 pairs left out (1 longer than 10 tokens, 2 with an empty side)",
+        "validation: 1 of 2 pairs cut after 10 tokens",
+    ]
+
+
+def test_one_batch_is_made_when_one_is_asked_for(corpus, monkeypatch):
+    experiment, made = setup(make_config(corpus)), []
+    assemble = PairBatches._assemble
+    monkeypatch.setattr(PairBatches, "_assemble", lambda self, *args: made.append(args) or assemble(self, *args))
+    assert len(experiment.first_batches(1, 8)) == len(made) == 1
+
+
+def test_a_checkpoint_whose_languages_share_a_table_but_no_vocabulary(corpus, tmp_path):
+    config = make_config(corpus)
+    config.translation.update(tokenizer="subwords", vocabulary=262, joint=False)
+    tokenizer = setup(config).tokenizer
+    assert tokenizer.source_vocab_size == tokenizer.target_vocab_size == 262
+    sizes = {**config.model.sizes, "source_vocab_size": 262, "target_vocab_size": 262, "tied": "all"}
+    made = models.create("encoder_decoder", **sizes)
+    models.save(tmp_path, made.family, made.config, made.params, tokenizer)
+    config.model.name, config.model.sizes = str(tmp_path), {}
+    for load in (lambda: setup(config), lambda: Translator.load(str(tmp_path))):
+        with pytest.raises(UserError, match="one table for both languages"):
+            load()
+
+
+def kernel(params):
+    return np.asarray(params["decoder"]["layer_0"]["ffn"]["up"]["kernel"])
+
+
+def test_what_is_quantized_without_training_is_drawn_as_is_asked_for(trained, tmp_path):
+    config = trained_config(trained)
+    config.quant.update(weight_bits=3, weight_rounding="stochastic", evaluation_rounding="drawn")
+    result = quantize(config, tmp_path)
+    packed = trained_config(trained)
+    packed.model.name = str(tmp_path / "quantized")
+    assert evaluate(packed)["loss"] == pytest.approx(result["quantized"]["loss"], rel=1e-4)
+    draws = []
+    for seed in (config.seed, config.seed, 7):
+        experiment = setup(config)
+        config.seed = seed
+        batches, policy = experiment.calibration_batches(), policy_to_apply(experiment)
+        params = experiment.pretrained.params
+        found = post_training_quantization(experiment, params, policy, batches)
+        np.testing.assert_array_equal(kernel(found.params), kernel(found.variables["params"]))
+        draws.append(kernel(found.params))
+    assert (draws[0] == draws[1]).all() and (draws[0] != draws[2]).any()
+    np.testing.assert_allclose(kernel(setup(packed).pretrained.params), draws[0], rtol=1e-6)
+    config.quant.published_evaluation = True  # drawn in every call, so the weights are not on their grids yet
+    found = post_training_quantization(experiment, params, policy, batches)
+    assert found.model.policy == policy
+    np.testing.assert_array_equal(kernel(found.variables["params"]), kernel(params))
+    assert experiment.published_form(found.model, found.variables)[1] == 7
 
 
 def test_the_objective_and_the_kind_of_experiment_follow_the_task(corpus):

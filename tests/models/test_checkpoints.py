@@ -266,6 +266,20 @@ def test_a_truncated_file(saved, keep):
     refuse(saved, "is the file truncated?")
 
 
+def test_the_directory_of_a_run_names_its_models(saved):
+    run = saved.parent
+    saved.rename(run / "model")
+    (run / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"{run} is the directory of a run; give its model: {run / 'model'}$"):
+        models.load(str(run))
+    (run / "quantized").mkdir()
+    (run / "quantized" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"{run / 'model'} or {run / 'quantized'}"):
+        models.locate(str(run))
+    (run / "model.safetensors").write_bytes(b"")  # a checkpoint, whatever else lies in its directory
+    assert models.locate(str(run)) == run
+
+
 def test_no_config(saved):
     (saved / "config.json").unlink()
     refuse(saved, "holds no config.json")
