@@ -57,6 +57,8 @@ def methods() -> dict[str, dict]:
     for scope, pattern in SCOPES.items():
         for bits in (8, 4, 2):
             found[f"{scope}_{bits}"] = {**DRAWN, "quant.pattern": pattern, "quant.weight_bits": bits}
+        # As wide as the largest weight, a grid of two bits would hold three values and round nearly all weights to 0.
+        found[f"{scope}_2"] |= {"quant.weight_estimator": "mse"}
         # One bit of magnitude beside the sign is what the original's formula says; binary weights are rows of their own.
         found[f"{scope}_1"] = {
             **DRAWN,

@@ -39,7 +39,7 @@ class Saving:
     """How often a run is written down.
 
     Attributes:
-      checkpoint_every: steps between checkpoints; 0: only at the end of each phase.
+      checkpoint_every: steps between checkpoints besides those at evaluations and at the end of each phase; 0: no others.
       log_every: steps between log entries.
     """
 
@@ -226,11 +226,11 @@ def _run_phase(
             state, measured = step_fn(state, shard_batch(batch, run.mesh), constants, seed)
             step += 1
             pending.append((step, measured))
-            over, is_best = step == span.end, False
+            over, is_best, evaluated = step == span.end, False, step - span.start in due
             refreshes = _time_to_refresh(phase, step - span.start, span, over, due)
             if refreshes == "before":
                 state = _refreshed(phase, state, constants, run.mesh)
-            if evaluation is not None and step - span.start in due:
+            if evaluation is not None and evaluated:
                 jax.block_until_ready(measured)
                 began = time.perf_counter()
                 _evaluate(run, phase, evaluation, span, state, step, history, bar)
@@ -252,7 +252,7 @@ def _run_phase(
                 run.best.wait()  # no checkpoint speaks of a best model that is not on disk
             if refreshes == "after":
                 state = _refreshed(phase, state, constants, run.mesh)
-            if over or is_best or (saving.checkpoint_every and step % saving.checkpoint_every == 0):
+            if over or evaluated or (saving.checkpoint_every and step % saving.checkpoint_every == 0):
                 meta = {"phase": span.number, "start": span.start, "data": iterator.get_state()}
                 run.checkpoints.save(step, state, meta | {"evaluations": list(history)})
     run.checkpoints.wait()

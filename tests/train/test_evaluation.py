@@ -226,11 +226,12 @@ class Killed(Exception):
         ("evaluation", 1, 4, None),
         ("evaluation", 4, 1, 3),  # after one that was not the best
         ("evaluation", 5, 4, 4),
+        ("evaluation", 5, 0, 4),  # every evaluation is followed by a checkpoint, the best or not
         ("evaluation", 6, 1, 6),
         ("evaluation", 8, 0, 9),
         ("saving", 1, 4, None),  # there is a best model already
         ("saving", 2, 0, 1),
-        ("saving", 5, 0, 2),  # where patience ends the phase
+        ("saving", 5, 0, 4),  # where patience ends the phase
         ("saving", 7, 0, 5),  # the first phase is over, the second has a best model
     ],
 )
