@@ -15,14 +15,15 @@ binarized, and IR-Net), `latent` (BERT's weights to begin with; a first epoch in
     METHOD+latent, METHOD+bert      the same with an epoch in full precision first, or begun from BERT; or both
     published_METHOD                w8, fully8, binary_PATTERN, ir_net_PATTERN as the original did it, defects included
 
-A method or an experiment with `+small` behind it has a quarter of the study's widths and trains for three epochs, at five
-times the learning rate but for signs: a minute an epoch on two CPU cores. `orderings` is the rows of all three experiments
-that its main claims are about. In `orderings+small` the rows of signs begin with one epoch in full precision, the same for
-all: from nothing the study's model needs three epochs of the whole data set to reach 0.5.
+A method or an experiment with `+small` behind it has a quarter of the study's widths (`minilm` keeps its own, and no BERT is as
+narrow) and trains for three epochs, at five times the learning rate but for signs: a minute an epoch on two CPU cores.
+`orderings` is the rows of all three experiments that its main claims are about. In `orderings+small` the rows of signs begin
+with one epoch in full precision, the same for all: from nothing the study's model needs three epochs of the whole data set
+to reach 0.5.
 
-`latent` takes the BERT of the study's width (`--config.model.start=DIRECTORY` for a local copy). `minilm` is `latent` on a
-model as wide as MiniLM, begun from its first two layers. With `--config.model.name=all-MiniLM-L6-v2` any method but the
-published ones works on that encoder. `smoke` trains for seconds.
+`latent` takes the BERT of the study's width (`--config.model.start=DIRECTORY` for a local copy; rows without `+bert` begin from
+nothing all the same). `minilm` is `latent` on a model as wide as MiniLM, begun from its first two layers. With
+`--config.model.name=all-MiniLM-L6-v2` any method but the published ones works on that encoder. `smoke` trains for seconds.
 
 Ten epochs in batches of 32, Adam at a constant 1e-4; the best epoch by validation (5 % of the training data) is kept, and the
 test data have no say in it. On two CPU cores an epoch of the 28,553 rows of a partial training file takes about five minutes
@@ -88,7 +89,7 @@ def methods() -> dict[str, dict]:
     return found
 
 
-def method(name: str, bert: str = BERT, small: bool = False) -> dict:
+def method(name: str, small: bool = False, bert: bool = True) -> dict:
     """Returns the fields of a method with its suffixes; raises a `UserError` on one that does not exist."""
     plain, *extras = name.split("+")
     known = methods()
@@ -98,14 +99,18 @@ def method(name: str, bert: str = BERT, small: bool = False) -> dict:
     if small and plain.removeprefix("published_").startswith(("binary", "ir_net")):
         # A sign flips where its weight crosses zero: at a higher rate all of them do, again and again.
         fields |= {"phases.qat.optimizer.learning_rate": RATE}
-    epochs = SMALL_EPOCHS if small else EPOCHS
+    known_extras = ("latent",) * ("recipe" not in fields) + ("bert",) * bert
     for extra in extras:
-        if extra == "latent" and "recipe" not in fields:
-            fields |= {"recipe": ("finetune", "qat"), "phases.finetune.epochs": 1.0, "phases.qat.epochs": epochs - 1.0}
-        elif extra == "bert":
-            fields |= {"model.start": bert}
+        if extra not in known_extras:
+            choices = f"; choose from {', '.join(map(repr, known_extras))}" if known_extras else ""
+            last = "; 'small' comes last" if "small" in extras else ""
+            raise UserError(f"configs/agnews.py: {plain} does not go with {extra!r}{choices}{last}")
+        if extra == "latent":
+            # The quantized phase has what is left of its epochs behind the first one.
+            whole = {"recipe": ("finetune", "qat"), "phases.finetune.epochs": 1.0, "phases.qat.including": "finetune"}
+            fields |= whole
         else:
-            raise UserError(f"configs/agnews.py: {plain} does not go with {extra!r}; choose from 'latent', 'bert'")
+            fields |= {"model.start": BERT}
     return fields
 
 
@@ -178,9 +183,13 @@ SMALL = {"hidden_size": 128, "num_heads": 4, "intermediate_size": 256, "classifi
 FIRST_EPOCH = "first epoch, full precision"
 
 
-def _row(name: str, score: float | None, bert: str = BERT, small: bool = False) -> dict:
+def _row(name: str, score: float | None, small: bool = False) -> dict:
+    """Returns a row; where the sweep says what `+bert` begins from, the others begin from nothing."""
     published = {} if score is None else {"ag_news": score / 100}
-    return dict(name=name, changes=method(name, bert, small), published=published)
+    changes = method(name, small)
+    if changes.pop("model.start", None) is None:
+        changes["model.start"] = None
+    return dict(name=name, changes=changes, published=published)
 
 
 def small_orderings() -> tuple[tuple[dict, ...], tuple[tuple[str, str, str], ...]]:
@@ -220,11 +229,14 @@ def get_config(arg: str = "full_precision"):
     if small:
         config.model.sizes = ConfigDict(SMALL)
     if arg in EXPERIMENTS:
-        bert = BERT
         if arg == "minilm":
-            bert = "all-MiniLM-L6-v2"
+            config.model.start = "all-MiniLM-L6-v2"
             config.model.sizes = ConfigDict({"hidden_size": 384, "num_heads": 12})
-        rows = tuple(_row(name, score, bert, small) for name, score in EXPERIMENTS[arg].items())
+        elif arg == "latent":
+            if small:
+                raise UserError("configs/agnews.py: no BERT is as narrow as latent+small; choose minilm+small")
+            config.model.start = BERT
+        rows = tuple(_row(name, score, small) for name, score in EXPERIMENTS[arg].items())
         claims = ORDERINGS[arg]
         if small and arg == "orderings":
             rows, claims = small_orderings()
@@ -244,4 +256,4 @@ def get_config(arg: str = "full_precision"):
         config.data.update(limit_train=64, limit_eval=64, buckets=1, max_length=32)
         config.phases.finetune.epochs = config.phases.qat.epochs = 1.0
         return config
-    return changed(config, method(arg, small=small), f"configs/agnews.py:{arg}")
+    return changed(config, method(arg, small, bert=not small), f"configs/agnews.py:{arg}")  # no BERT is as narrow

@@ -111,7 +111,8 @@ def run(entry: Callable[[], Any], define: Callable[[], None]) -> None:
     def main(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             _fail(f"unexpected argument {argv[1]!r}; flags start with --")
-        logging.set_verbosity(logging.WARNING)  # Orbax tells of every step of a save at INFO
+        # Orbax tells of every step of a save at INFO, and of every save that the next one waits for at WARNING.
+        logging.set_verbosity(logging.ERROR)
         try:
             entry()
         except UserError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -136,6 +137,7 @@ def fit(
                     state, meta = checkpoints.restore(state)
                     iterator.set_state(meta["data"])
                     history = meta["evaluations"]
+                    _tell(f"{workdir} goes on from step {resumed}")
                 log.rewind(resumed)
                 best.rewind(resumed)
             state = _run_phase(run, phase, span, state, constants, optimizer, iterator, history)
@@ -148,6 +150,12 @@ def fit(
             if after_phase is not None:
                 after_phase(phase, current, start, history)
     return current
+
+
+def _tell(what: str) -> None:
+    """Prints a line on standard error, where progress is shown, too; the first host speaks for all."""
+    if jax.process_index() == 0:
+        print(what, file=sys.stderr, flush=True)
 
 
 def replicate_missing(state: TrainState, mesh: Mesh) -> TrainState:
@@ -219,6 +227,8 @@ def _run_phase(
     over = step == span.end or (evaluation is not None and evaluation.is_over(history))
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     examples, since = 0, time.perf_counter()
+    if not over:
+        _tell(f"{name}: compiling the train step")
     with progress(span.end, name, start=step) as bar:
         while not over:
             batch = next(iterator)

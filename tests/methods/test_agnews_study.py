@@ -1,6 +1,7 @@
 """The AG_NEWS study on any encoder, by configuration alone, and how it was evaluated."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from qtx import quant
+from qtx.errors import UserError
 from qtx.experiments.config import changed
 from qtx.experiments.plan import plan
 from qtx.experiments.run import train_and_evaluate
@@ -83,6 +85,41 @@ def test_signs_go_on_from_one_epoch_in_the_small_orderings():
         config.phases.qat.optimizer.learning_rate = rate
         for trial in plan(config):
             assert not trial.row.start and trial.config.phases.qat.optimizer.learning_rate == rate
+
+
+def test_rows_begin_from_bert_by_their_name_and_not_by_the_field():
+    config = get_config("agnews", "latent")
+    config.model.start = "a copy"
+    starts = {trial.row.name: trial.config.model.start for trial in plan(config)}
+    assert starts == {name: "a copy" if "+bert" in name else None for name in starts} and len(set(starts.values())) == 2
+    assert get_config("agnews", "w8+bert+latent").model.start.startswith("google/")
+
+
+def test_the_first_epoch_is_one_of_those_that_are_asked_for():
+    config = get_config("agnews", "latent")
+    config.phases.qat.epochs = 3.0
+    for trial in plan(config):
+        includes = trial.config.phases.qat.including
+        assert trial.config.phases.qat.epochs == 3 and includes == ("finetune" if "+latent" in trial.row.name else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("full_precision+latent", "does not go with 'latent'; choose from 'bert'"),
+        ("w8+bert+small", "does not go with 'bert'; choose from 'latent'"),
+        ("w8+small+latent", "does not go with 'small'; choose from 'latent', 'bert'; 'small' comes last"),
+        ("latent+small", "no BERT is as narrow as latent+small; choose minilm+small"),
+    ],
+)
+def test_methods_that_cannot_be(name, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        get_config("agnews", name)
+
+
+def test_a_sweep_is_no_experiment():
+    with pytest.raises(UserError, match="a sweep over rows: give it to launch/sweep.py"):
+        setup(get_config("agnews", "orderings"))
 
 
 def test_progress_reaches_the_grid_by_the_epoch_and_soft_signs_are_not_packed(tiny_config, tmp_path):

@@ -235,7 +235,9 @@ class Killed(Exception):
         ("saving", 7, 0, 5),  # the first phase is over, the second has a best model
     ],
 )
-def test_a_run_that_is_killed_resumes_to_the_same_bits(whole, tmp_path, monkeypatch, when, at, every, goes_on_from):
+def test_a_run_that_is_killed_resumes_to_the_same_bits(
+    whole, tmp_path, monkeypatch, capsys, when, at, every, goes_on_from
+):
     evaluations = 0
     save = Checkpoints.save
 
@@ -260,7 +262,9 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(whole, tmp_path, monkeypa
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() == goes_on_from
     for _ in range(2):  # the second time there is nothing left to do
+        capsys.readouterr()
         resumed = train([phase(**fields) for fields in RECIPE], tmp_path, every)
+        assert (f"{tmp_path} goes on from step {goes_on_from}\n" in capsys.readouterr().err) == (goes_on_from is not None)
         count = len(resumed.steps)  # a phase that was over is not reported again
         assert count == (2 if (goes_on_from or 0) <= 5 else 1)
         assert resumed[:3] == tuple(values[-count:] for values in whole[:3])
