@@ -25,7 +25,9 @@ def setup(config: ConfigDict) -> Experiment:
       UserError: on anything in the configuration, the data or the checkpoint that does not fit.
     """
     if "sweep" in config:
-        raise UserError("this configuration is a sweep over rows: give it to launch/sweep.py, or name one of its methods")
+        raise UserError(
+            "this configuration is a sweep over rows: give it to launch/sweep.py, or name one of its methods"
+        )
     if config.bittransgnn.method and config.task in (*translation.TASKS, *images.TASKS):
         raise UserError(
             f"bittransgnn.method is for texts with labels, not for the task {config.task!r}; leave it empty"

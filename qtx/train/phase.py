@@ -67,11 +67,14 @@ def label_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def task_loss(forward: Forward, batch: Batch, constants: Any = None) -> tuple[jax.Array, jax.Array]:
-    """The objective of plain training; returns the sums of weighted losses and of weights."""
+def task_loss(forward: Forward, batch: Batch, constants: Any = None) -> tuple[Any, ...]:
+    """The objective of plain training: sums of weighted losses and of weights, and of what is right where there are classes."""
     del constants
-    losses = label_losses(forward(batch)[0].logits, batch["labels"])
-    return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
+    logits, labels, weights = forward(batch)[0].logits, batch["labels"], batch["weights"]
+    loss, weight = jnp.sum(label_losses(logits, labels) * weights), jnp.sum(weights)
+    if logits.shape[-1] == 1:
+        return loss, weight
+    return loss, weight, {}, {"accuracy": jnp.sum((jnp.argmax(logits, -1) == labels) * weights)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Phase:
       epochs: how often the data are seen; fractions are fine.
       steps: overrides `epochs` if positive.
       objective: what is minimised: `(forward, batch, constants) -> (loss sum, weight sum)`; see `Forward`. A third part of
-        the result, a dict of sums such as those of single losses, is measured and logged as `loss_NAME`.
+        the result, a dict of sums such as those of single losses, is measured and logged as `loss_NAME`, a fourth as `NAME`.
       constants: arrays for the objective, such as a teacher's parameters.
       trainable: patterns over `params/...` names; what matches none is frozen. Learned ranges are always trained.
       prepare: makes the `ranges` collection at the start of the phase from the model and its parameters (calibration);
@@ -261,7 +264,11 @@ def make_step(
 
         taken, length = (state.step, 0) if span is None else (state.step - span.start, span.length)
         loss, weight, *parts = phase.objective(Forward(run, taken, length, choices), batch, constants)
-        return loss, (weight, parts[0] if parts else {}, updated)
+        names = ("loss_{}", "{}")
+        sums = {
+            form.format(name): part for form, some in zip(names, parts, strict=False) for name, part in some.items()
+        }
+        return loss, (weight, sums, updated)
 
     def sums(state: TrainState, batch: Batch, constants, key, choices):
         gradient = jax.value_and_grad(total_loss, has_aux=True)
@@ -304,8 +311,7 @@ def make_step(
             opt_state=opt_state,
             memory={name: updated.get(name, value) for name, value in state.memory.items()},
         )
-        measured = {"loss": loss, **{f"loss_{name}": part for name, part in parts.items()}}
-        means = {name: value / weight for name, value in measured.items()}
+        means = {name: value / weight for name, value in {"loss": loss, **parts}.items()}
         return new, means | {"grad_norm": optax.tree.norm(grads)}
 
     return train_step

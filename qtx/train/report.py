@@ -177,7 +177,7 @@ class Table:
 
 
 def training_curves(lines: Iterable[Mapping[str, Any]], phases: Sequence[str], batches_per_epoch: int) -> Table:
-    """Returns the training loss and the evaluations of a run, one row for each step at which something was measured.
+    """Returns training loss, training accuracy and evaluations of a run, one row for each step at which something was measured.
 
     Args:
       lines: of `metrics.jsonl`, see `qtx.train.logging.read_metrics`.
@@ -185,8 +185,8 @@ def training_curves(lines: Iterable[Mapping[str, Any]], phases: Sequence[str], b
       batches_per_epoch: steps in an epoch.
 
     Returns:
-      Columns `phase`, `step` and `epoch` (both since the beginning of the run), `training_loss`, and every metric of an
-      evaluation.
+      Columns `phase`, `step` and `epoch` (both since the beginning of the run), `training_loss`, every metric of an evaluation,
+      and `training_accuracy` where classes are trained (with dropout, the mean of the steps since the line before).
     """
     found: dict[tuple[str, int], dict[str, float]] = {}
     for line in lines:
@@ -196,6 +196,8 @@ def training_curves(lines: Iterable[Mapping[str, Any]], phases: Sequence[str], b
             values.pop("epoch", None)  # within the phase; here it is that of the run
             if f"{phase}/loss" in line:
                 values[LOSS] = line[f"{phase}/loss"]
+            if f"{phase}/accuracy" in line:
+                values["training_accuracy"] = line[f"{phase}/accuracy"]
             if values:
                 found.setdefault((phase, line["step"]), {}).update(values)
     names = [LOSS, *dict.fromkeys(name for values in found.values() for name in values if name != LOSS)]

@@ -62,6 +62,7 @@ def test_training_learns_the_task(tiny_config, tmp_path):
     assert result["metrics"]["finetune"]["accuracy"] > 0.9
     lines = read_metrics(tmp_path)
     assert lines[0]["finetune/loss"] > 2 * lines[-1]["finetune/loss"]
+    assert lines[0]["finetune/accuracy"] < 0.9 < lines[-1]["finetune/accuracy"] <= 1
     for name in (
         "config.json",
         "report.md",

@@ -125,6 +125,8 @@ def test_curves_have_a_row_for_each_step(tmp_path):
         ["b", 8, 2.0, 0.125, 0.75, 0.75, 0.625],
     ]
     assert report.training_curves([], ["a"], 4).rows == []
+    classes = report.training_curves([{"step": 2, "a/loss": 0.5, "a/accuracy": 0.75}], ["a"], 4)
+    assert classes.columns[3:] == ["training_loss", "training_accuracy"] and classes.rows[0][3:] == [0.5, 0.75]
 
 
 def test_curves_are_read_back(tmp_path):
