@@ -309,11 +309,18 @@ def evaluate(config: ConfigDict, workdir: str | Path | None = None) -> dict[str,
     experiment = setup(config)
     require_trained(experiment)
     values = experiment.evaluate(experiment.model, experiment.variables, (*LABELLED, *FURTHER_TESTS))
-    Table(["model", *values], [[config.model.name, *values.values()]], title=experiment.measured).print()
+    score_table(config.model.name, values, experiment.measured).print()
     if workdir:
         save_config(config, workdir)
         write_text(Path(workdir) / "result.json", json.dumps(values, indent=2))
     return values
+
+
+def score_table(name: str, values: Mapping[str, float], title: str = "") -> Table:
+    """Returns the scores of a model as a table: side by side, or one below the other where a terminal is too narrow."""
+    if len(values) > 8:
+        return Table(["metric", name], [[metric, value] for metric, value in values.items()], title=title)
+    return Table(["model", *values], [[name, *values.values()]], title=title)
 
 
 def policy_to_apply(experiment: Experiment) -> Policy:

@@ -220,7 +220,7 @@ def trained_config(trained):
     return config
 
 
-def test_further_tests_are_evaluated_at_the_end_alone(trained, corpus, tmp_path):
+def test_further_tests_are_evaluated_at_the_end_alone(trained, corpus, tmp_path, capsys):
     folder = tmp_path / "multi30k"
     folder.mkdir()
     files = {"train": "train", "val": "validation", "test_2016_flickr": "test", "test_2018_flickr": "test"}
@@ -234,6 +234,7 @@ def test_further_tests_are_evaluated_at_the_end_alone(trained, corpus, tmp_path)
     assert set(FURTHER_TESTS) == {"test_2017_flickr", "test_2017_mscoco", "test_2018_flickr"}
     found = evaluate(config)
     assert found["test_2018_flickr_bleu"] == found["test_bleu"] > 60
+    assert "test_2018_flickr_bleu" in capsys.readouterr().out  # a wide table cuts the names
     assert found["score"] == found["bleu"] / 100 and not any(name.startswith("test_2017") for name in found)
 
 
