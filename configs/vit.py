@@ -19,7 +19,7 @@ positions, norms and head stay in full precision. Methods are
     ternarybert               distillation for as many steps (logits, hidden states, attention scores)
     output, context, map      an epoch with the teacher's tensor in place, then distillation
     gradual, inverted, stochastic  the same with one kind after the other, the other way round, or drawn
-    METHOD+quarter            a quarter of the steps
+    METHOD+quarter            a quarter of the steps, those with the teacher's tensors included
     pretrained                no method: fine-tuning of a published ViT in full precision, images resized to its size
 
 Norms stand before their sub-layers here, so hidden states are the sums of the residual stream, and the published loss on the
@@ -88,8 +88,8 @@ def methods() -> dict[str, dict]:
     return found
 
 
-def method(name: str, epochs: float) -> dict:
-    """Returns the fields of a method of so many epochs with its suffix; raises a `UserError` on one that does not exist."""
+def method(name: str) -> dict:
+    """Returns the fields of a method with its suffix; raises a `UserError` on one that does not exist."""
     plain, *extras = name.split("+")
     known = methods()
     if plain not in known:
@@ -100,7 +100,7 @@ def method(name: str, epochs: float) -> dict:
             raise UserError(
                 f"configs/vit.py: {plain} does not go with {extra!r}; choose 'quarter' for a ternary method"
             )
-        fields |= {"phases.qat.epochs": epochs / 4}
+        fields |= {f"phases.{phase}.share": 0.25 for phase in ("intervene", "qat")}
     return fields
 
 
@@ -118,9 +118,7 @@ def get_config(arg: str = "cifar10"):
         config = changed(config, task_fields("cifar10") | small, arg)
         rows = [dict(name="full precision")]
         names = ("ternary", "ternarybert", "output", "context", "map", "gradual", "gradual+quarter")
-        rows += [
-            dict(name=name, changes=method(name, config.phases.qat.epochs), start="full precision") for name in names
-        ]
+        rows += [dict(name=name, changes=method(name), start="full precision") for name in names]
         config.sweep = sweeping(
             name="vit",
             grid=(("task", {"cifar10": {"task": "cifar10"}}),),
@@ -147,4 +145,4 @@ def get_config(arg: str = "cifar10"):
         return config
     task, _, name = arg.partition("+")
     fields = task_fields(task)
-    return changed(config, fields | (method(name, EPOCHS[task]) if name else {}), f"configs/vit.py:{arg}")
+    return changed(config, fields | (method(name) if name else {}), f"configs/vit.py:{arg}")

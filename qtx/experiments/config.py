@@ -178,6 +178,7 @@ def phase(quantized: bool = False, learning_rate: float = 5e-5) -> ConfigDict:
         {
             "epochs": 1.0,
             "steps": 0,  # overrides epochs if positive
+            "share": 1.0,  # of these epochs or steps, which the phase trains for: 0.25 is a quarter of them
             "batch_size": 32,  # examples; in translation, tokens of the longer side, padding included
             "accumulate": 1,  # parts that a batch is worked off in
             "trainable": ("**",),  # patterns over parameter names
@@ -222,14 +223,22 @@ def quantization() -> ConfigDict:
             # with 8 bits, weights by the fields here, tables row by row; 'layers': likewise within the layers, and embeddings
             # and head stay in full precision, as for images; '': the fields here say all.
             "student": "",
+            # Of `student`: 'published': symmetric, a range from each tensor itself, and `activation_bits`; 'fields': as all the
+            # activation fields here say. Clipped to [-2.5, 2.5] either way.
+            "student_activations": "published",
+            # Of `student`: parts that stay in full precision, such as 'emb, cls'; of emb (word table), qkv (linear layers of
+            # attention), ffn_1, ffn_2 (of the perceptron) and cls (pooler).
+            "student_without": "",
             "bit": {  # BitTransformer: which sites are quantized, and how, see `qtx.methods.bit_transformer.bit_policy`
-                "states": 0,  # of weights: 2 to 5; 0: the other fields here say all
+                "states": 0,  # of the encoder's weights: 2 to 5; 0: in full precision, or as the other fields here say
                 "activation_bits": 8.0,  # 1.0, 1.58, 2.0, 2.32, 8.0 or 32.0
                 "embeddings": True,
                 "attention": True,  # query, key and value
                 "weight_scale": "row",  # 'tensor': the older code
                 "low_bit_act_scale": "token",  # 'tensor': the older code
                 "attention_act_32": "off",  # 'eight_bit', as published
+                "gcn_states": 0,  # of the weights of graph convolutions beside the encoder; 0: in full precision
+                "gcn_activation_bits": 8.0,  # of what enters them
             },
             "pattern": "",  # of layers whose weights are quantized, see `qtx.methods.patterns`; '': all weights
             "weight_estimator": "current_minmax",

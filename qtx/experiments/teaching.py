@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from qtx import models
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import Classification
+from qtx.experiments.config import phases_of
 from qtx.experiments.experiment import Experiment
 from qtx.experiments.from_config import parse_overrides
 from qtx.methods.distillation import LOSS_SETS, LOSSES, Teacher, distillation_phase
@@ -20,6 +22,7 @@ from qtx.methods.teacher_intervention import intervention_phase, untrained_paddi
 from qtx.train.phase import Phase
 
 _SHOWN = 4  # labels in an error
+_ROUNDED = 1e-9  # of a step: what a product of floats may lie above a whole number
 
 
 def losses_of(text: str, field: str) -> dict[str, float]:
@@ -55,6 +58,7 @@ def taught(phase: Phase, section: ConfigDict, experiment: Experiment, trained_be
       UserError: on anything that does not exist, or does not fit the student.
     """
     if not section.losses:
+        check_named_teacher(experiment.config)
         if section.intervention:
             raise UserError(
                 f"phase {phase.name!r}: an intervention {section.intervention!r} needs a teacher; set its `losses`"
@@ -73,6 +77,15 @@ def taught(phase: Phase, section: ConfigDict, experiment: Experiment, trained_be
     if section.intervention:
         return intervention_phase(phase, teacher, section.intervention, losses, **options)
     return distillation_phase(phase, teacher, losses, **options)
+
+
+def check_named_teacher(config: ConfigDict) -> None:
+    """Raises a `UserError` if a configuration names a teacher and no phase of its recipe learns from one."""
+    if config.teacher.name and not any(section.losses for _, section in phases_of(config)):
+        raise UserError(
+            f"teacher.name is {config.teacher.name!r}, but no phase of the recipe has losses: set phases.{config.recipe[-1]}."
+            "losses, or leave teacher.name out"
+        )
 
 
 def _teacher(phase: Phase, experiment: Classification, trained_before: bool) -> Teacher:
@@ -138,18 +151,38 @@ def _listed(labels: Sequence[str]) -> str:
     return f"({shown}, ... {len(labels)} in all)" if len(labels) > _SHOWN else f"({shown})"
 
 
-def remaining_steps(phase: Phase, section: ConfigDict, before: list[Phase], experiment: Experiment) -> Phase:
-    """Returns a phase without the steps of the earlier one that its length includes (`including`).
+def shared_out(phase: Phase, share: float) -> Phase:
+    """Returns a phase that trains for a share of its steps, or of its epochs, rounded up to whole steps.
 
     Args:
-      phase: as long as both.
+      phase: the whole one.
+      share: above 0, at most 1.
+
+    Raises:
+      UserError: on another share.
+    """
+    if not 0 < share <= 1:
+        raise UserError(
+            f"phases.{phase.name}.share is {share}; give the part of its steps to train, above 0 and up to 1"
+        )
+    if phase.steps > 0:
+        return dataclasses.replace(phase, steps=math.ceil(phase.steps * share - _ROUNDED))
+    return dataclasses.replace(phase, epochs=phase.epochs * share)
+
+
+def remaining_steps(phase: Phase, section: ConfigDict, before: list[Phase], experiment: Experiment) -> Phase:
+    """Returns a phase with its share of its steps (`share`), without those of the earlier one that it includes (`including`).
+
+    Args:
+      phase: as long as both, and as long as a share of 1 is.
       section: of the phase.
       before: earlier phases of the recipe.
       experiment: the run that they belong to.
 
     Raises:
-      UserError: there is no such phase before it, or it is not shorter.
+      UserError: there is no such phase before it, it is not shorter, or a share that is none.
     """
+    phase = shared_out(phase, section.share)
     if not section.including:
         return phase
     earlier = next((each for each in before if each.name == section.including), None)
@@ -160,6 +193,6 @@ def remaining_steps(phase: Phase, section: ConfigDict, before: list[Phase], expe
     if first >= whole:
         raise UserError(
             f"phase {phase.name!r} has {whole} steps with the {first} of {earlier.name!r} included; shorten that one or give "
-            f"{phase.name!r} more epochs"
+            f"{phase.name!r} more epochs, and both the same share"
         )
     return dataclasses.replace(phase, steps=whole - first)

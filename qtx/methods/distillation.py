@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -239,7 +240,7 @@ class Distillation:
       teacher: module.
       losses: weight of each loss; names are those of `LOSSES`.
       layers: pairs of layers, (student, teacher).
-      temperature: of the logits, above 0.
+      temperature: of the logits, above 0 and finite.
       padding: `'published'`: padding counts in squared errors as tokens do, and the scores are compared as in
         `published_score_error`.
       relation_heads: of the relations; 0: as many as the student has heads.
@@ -264,12 +265,14 @@ class Distillation:
         for name, weight in self.losses.items():
             if name not in LOSSES:
                 raise UserError(f"unknown distillation loss {name!r}{near_misses(name, LOSSES)}")
-            if not weight >= 0:
+            if not math.isfinite(weight):
+                raise UserError(f"the weight {weight} of the distillation loss {name!r} is no finite number")
+            if weight < 0:
                 raise UserError(f"the weight {weight} of the distillation loss {name!r} is negative; 0 switches it off")
         if not any(self.losses.values()):
             raise UserError(f"no distillation loss has a weight above 0; choose from {', '.join(LOSSES)}")
-        if not self.temperature > 0:
-            raise UserError(f"the temperature {self.temperature} of distillation must be above 0")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise UserError(f"the temperature {self.temperature} of distillation must be above 0, and finite")
         if self.padding not in get_args(Padding):
             raise UserError(f"unknown padding rule {self.padding!r}{near_misses(self.padding, get_args(Padding))}")
 

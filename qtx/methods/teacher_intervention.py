@@ -60,6 +60,8 @@ CLIP = (-2.5, 2.5)
 WEIGHTS = ternary(clip=CLIP)
 TABLE = ternary(per_channel(), clip=CLIP)
 ACTIVATIONS = Spec(8, "narrow", range="dynamic", clip=CLIP)
+PARTS = ("emb", "qkv", "ffn_1", "ffn_2", "cls")
+"""Switches of `student_policy`, by their published names."""
 
 _TABLE = "encoder/embeddings/word/table"
 _ATTENTION = "encoder/layer_*/attention/"
@@ -68,7 +70,7 @@ _ATTENTION = "encoder/layer_*/attention/"
 def student_policy(
     weights: Spec = WEIGHTS,
     table: Spec = TABLE,
-    activations: Spec = ACTIVATIONS,
+    activations: Spec | None = ACTIVATIONS,
     *,
     emb: bool = True,
     qkv: bool = True,
@@ -86,7 +88,7 @@ def student_policy(
     Args:
       weights: grid of the matrices.
       table: grid of the word table.
-      activations: grid of the inputs of linear layers and of what enters the products of attention.
+      activations: grid of the inputs of linear layers and of what enters the products of attention; None: full precision.
       emb: the word table.
       qkv: the four linear layers of attention.
       ffn_1: the first linear layer of the perceptron.
@@ -96,7 +98,7 @@ def student_policy(
       published: ranges of activations include padding; `quantize` does not reach attention's output projection, and no switch
         query, key, value and the map, which are always on their grids.
     """
-    if published:
+    if published and activations is not None:
         estimator = dataclasses.replace(activations.estimator, padding="include")
         activations = dataclasses.replace(activations, estimator=estimator)
     layers = {
@@ -110,9 +112,11 @@ def student_policy(
     }
     chosen = [layer for layer, on in layers.items() if on]
     kernels: dict[str, Spec | None] = {f"{layer}/kernel": weights for layer in chosen}
-    entering = {f"{layer}/input": activations for layer in chosen}
+    entering: dict[str, Spec | None] = {}
     outputs: dict[str, Spec | None] = {}
-    if published or (qkv and quantize):
+    if activations is not None:
+        entering = {f"{layer}/input": activations for layer in chosen}
+    if activations is not None and (published or (qkv and quantize)):
         outputs = {f"{_ATTENTION}{name}/output": activations for name in ("query", "key", "value")}
         entering[_ATTENTION + "probs_dropped"] = activations
     return policy(weights=kernels | ({_TABLE: table} if emb and quantize else {}), activations=outputs, inputs=entering)
@@ -219,11 +223,17 @@ class Interventions:
         """Returns a schedule by its name: a key of `SCHEDULES`, or kinds that are always on, such as `'map+output'`.
 
         Raises:
-          UserError: an unknown name.
+          UserError: an unknown name, a kind that is named twice, or a schedule that is combined.
         """
         if name in SCHEDULES:
             return cls(SCHEDULES[name], layers, drawn=name == "stochastic")
         kinds = tuple(name.split("+"))
+        if schedule := next((kind for kind in kinds if kind in SCHEDULES), None):
+            raise UserError(
+                f"intervention {name!r}: {schedule!r} is a schedule of its own, which nothing is combined with"
+            )
+        if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):
+            raise UserError(f"intervention {name!r} names {twice!r} twice; name each kind once, as in 'map+output'")
         for kind in kinds:
             if kind not in KINDS:
                 known = (*SCHEDULES, *KINDS)

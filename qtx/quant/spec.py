@@ -25,7 +25,7 @@ CODEBOOKS = {  # least and greatest number of bits
     "sign": (1, 1),
     "tanh": (1, 1),
     "magnitude": (1, 15),
-    "magnitude_int8": (1, 15),
+    "magnitude_int8": (1, 8),  # beyond, magnitudes wrap round a signed byte more than once
     "absmean": (1, 3),
 }
 STATES = (2, 3, 4, 5)  # of `'absmean'`

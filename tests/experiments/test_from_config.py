@@ -109,11 +109,80 @@ def test_what_linear_layers_see():
         (dict(weight_scheme="ir_net", weight_bits=4), "1 bit, not 4"),
         (dict(weight_scheme="magnitude", weight_bits=16), "1 to 15 bits, not 16"),
         (dict(weight_rounding="random"), "'stochastic'|unknown rounding"),
+        (dict(weight_bits=64), "quant.weight_bits is 64: uniform grids take 2 to 16"),
+        (dict(activation_bits=1), "quant.activation_bits is 1: uniform grids take 2 to 16"),
+        (
+            dict(activation_bits=17, activation_scheme="offset"),
+            "quant.activation_bits is 17: uniform grids take 1 to 16",
+        ),
+        (dict(weight_scheme="magnitude_int8", weight_bits=9), "1 to 8 bits, not 9"),
     ],
 )
 def test_patterns_and_schemes_that_do_not_exist(fields, words):
     with pytest.raises(UserError, match=words):
         policy_from(section(**fields), 1)
+
+
+DRAWN = dict(weight_rounding="stochastic", evaluation_rounding="drawn")
+WEIGHTS = dict(pattern="ALL", activation_bits=32)
+IR_NET = dict(weight_scheme="ir_net", weight_granularity="channel", **WEIGHTS)
+SIGNS = dict(weight_scheme="binary", weight_scale="one", weight_gradient="clipped", **WEIGHTS)
+INPUTS = dict(activation_sites="inputs", activation_scheme="shifted", weight_bits=32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "value"),
+    [
+        (dict(weight_bits=4, **DRAWN, **WEIGHTS), "weight_gradient", "clipped"),
+        (dict(weight_bits=4, **WEIGHTS), "weight_scale", "one"),
+        (IR_NET, "weight_scale", "one"),
+        (IR_NET, "weight_gradient", "clipped"),
+        (IR_NET, "weight_rounding", "stochastic"),
+        (SIGNS, "weight_estimator", "mse"),
+        (SIGNS, "weight_rounding", "stochastic"),
+        (SIGNS, "weight_granularity", "channel"),
+        (SIGNS, "scale_domain", "log"),
+        (dict(weight_scheme="sign", **WEIGHTS), "weight_granularity", "channel"),
+        (dict(weight_scheme="tanh", **WEIGHTS), "weight_gradient", "decay"),
+        (dict(weight_scheme="magnitude_int8", **WEIGHTS), "weight_scale", "norm"),
+        (dict(weight_scheme="shifted", **WEIGHTS), "weight_rounding", "stochastic"),
+        (INPUTS, "weight_rounding", "stochastic"),
+        (INPUTS, "weight_gradient", "decay"),
+        (INPUTS, "published_evaluation", True),
+        (INPUTS, "setup", "FP_logits"),
+        (WEIGHTS, "evaluation_rounding", "drawn"),
+        (WEIGHTS, "activation_scheme", "symmetric"),
+        (WEIGHTS, "activation_range", "dynamic"),
+        (WEIGHTS, "activation_estimator", "mse"),
+        (WEIGHTS, "setup", "FP_logits"),
+        (dict(weight_bits=32), "overrides", "Et=4"),
+        (dict(activation_bits=32), "overrides", "y=16"),
+        ({}, "student_without", "emb"),
+        ({}, "student_activations", "fields"),
+    ],
+)
+def test_a_field_that_nothing_reads_is_refused(fields, field, value):
+    assert policy_from(section(**fields), 2) is not None
+    with pytest.raises(UserError, match=f"^quant.{field} "):
+        policy_from(section(**fields, **{field: value}), 2)
+
+
+def test_fields_that_are_read_make_another_policy():
+    policies = [
+        policy_from(section(**fields), 2)
+        for fields in (
+            {},
+            dict(weight_scheme="magnitude"),
+            dict(weight_scheme="magnitude", weight_scale="norm"),
+            dict(weight_scheme="magnitude", weight_rounding="stochastic"),
+            dict(weight_scheme="binary"),
+            dict(weight_scheme="binary", weight_granularity="channel"),
+            dict(weight_scheme="binary", weight_gradient="clipped"),
+            dict(weight_scheme="ternary", scale_domain="log"),  # of the activations
+            dict(weight_scheme="ternary", padding="include"),
+        )
+    ]
+    assert len(set(policies)) == len(policies)
 
 
 def test_what_evaluations_are_compared_by_and_where_patience_begins():

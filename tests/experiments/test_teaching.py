@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from qtx import asymmetric, quant, symmetric
 from qtx.errors import UserError
-from qtx.experiments.config import changed
+from qtx.experiments.config import changed, quantization
 from qtx.experiments.from_config import policy_from
+from qtx.experiments.plan import plan
 from qtx.experiments.run import make_recipe, train_and_evaluate
 from qtx.experiments.setup import setup
 from qtx.experiments.teaching import losses_of, teacher_of
 from qtx.export.packed import load_quantized
 from qtx.methods.distillation import LOSS_SETS, Distillation
-from qtx.methods.teacher_intervention import student_policy
+from qtx.methods.teacher_intervention import ACTIVATIONS, CLIP, PARTS, student_policy
 from qtx.models import load, read_config, save
 from tests.conftest import WORDS, make_tiny_config
 from tests.models.hf import make_checkpoint
@@ -76,10 +78,42 @@ def test_two_phases_share_the_steps_of_one(teacher, tmp_path):
     assert all(len(np.unique(np.abs(row[row != 0]))) <= 1 for row in table)  # three values in a row
 
 
+def lengths(config):
+    """Steps of each phase, or epochs where those say it."""
+    return {phase.name: phase.steps or phase.epochs for phase in make_recipe(setup(config))[0]}
+
+
+def test_a_share_of_the_steps_has_its_share_of_the_first_ones(teacher):
+    quarter = {"phases.intervene.share": 0.25, "phases.qat.share": 0.25}
+    steps = {"phases.intervene.steps": 60, "phases.qat.steps": 234}  # of RTE, in three epochs
+    assert lengths(with_recipe(teacher, **steps)) == {"intervene": 60, "qat": 174}
+    assert lengths(with_recipe(teacher, **steps, **quarter)) == {"intervene": 15, "qat": 59 - 15}
+    assert (
+        lengths(with_recipe(teacher, **{"phases.intervene.steps": 30, "phases.intervene.share": 0.1}))["intervene"] == 3
+    )
+    epochs = {"phases.qat.steps": 0, "phases.qat.epochs": 2.0, "phases.qat.including": "", "recipe": ("qat",)}
+    assert lengths(with_recipe(teacher, **epochs, **quarter)) == {"qat": 0.5}
+
+
+@pytest.mark.parametrize("share", [0.0, -0.25, 1.5, float("nan")])
+def test_no_share(teacher, share):
+    with pytest.raises(UserError, match=f"phases.qat.share is {share}; .*above 0 and up to 1"):
+        make_recipe(setup(with_recipe(teacher, **{"phases.qat.share": share})))
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"phases.qat.losses": ""}, []),  # the labels alone: fine
+        (
+            {"recipe": ("qat",), "phases.qat.losses": "", "teacher.name": "/nowhere"},
+            ["'/nowhere'", "phases.qat.losses"],
+        ),
+        ({"phases.intervene.intervention": "map+map"}, ["'map' twice"]),
+        ({"phases.intervene.intervention": "map+gradual"}, ["'gradual' is a schedule"]),
+        ({"phases.qat.losses": "logits=nan"}, ["weight nan", "'logits'", "no finite number"]),
+        ({"phases.qat.losses": "logits=inf"}, ["weight inf", "no finite number"]),
+        ({"teacher.temperature": float("inf")}, ["temperature inf", "finite"]),
         ({"phases.intervene.losses": ""}, ["'gradual'", "losses"]),
         ({"phases.intervene.losses": "tinybert"}, ["'tinybert'", "ternarybert"]),
         ({"phases.qat.losses": "logits=high"}, ["'logits'", "'high'"]),
@@ -93,6 +127,15 @@ def test_two_phases_share_the_steps_of_one(teacher, tmp_path):
         ({"quant.student": "binary"}, ["'binary'", "'corrected'"]),
         ({"quant.weight_bits": 32, "quant.weight_scheme": "symmetric"}, ["quant.student", "weight_bits"]),
         ({"quant.pattern": "ALL"}, ["quant.student", "pattern"]),
+        ({"quant.activation_scheme": "symmetric"}, ["quant.activation_scheme is 'symmetric'", "='fields'"]),
+        ({"quant.padding": "include"}, ["quant.padding", "='fields'"]),
+        ({"quant.activation_bits": 64}, ["quant.activation_bits is 64", "2 to 16"]),
+        ({"quant.setup": "FP_logits"}, ["quant.setup", "leave it at 'all'"]),
+        ({"quant.scale_domain": "log"}, ["quant.scale_domain", "no", "range"]),
+        ({"quant.student_activations": "own"}, ["'own'", "'fields'"]),
+        ({"quant.student_without": "emb, ffn"}, ["'ffn'", "ffn_1"]),
+        ({"quant.student": "layers", "quant.student_without": "emb"}, ["'layers' has no part 'emb'"]),
+        ({"quant.student_without": "emb,qkv,ffn_1,ffn_2,cls"}, ["leaves nothing"]),
     ],
 )
 def test_what_does_not_fit(teacher, changes, named):
@@ -192,12 +235,58 @@ def test_losses_by_name_and_by_weight():
     assert losses_of("logits=1, scores=0.25", "x") == {"logits": 1.0, "scores": 0.25}
 
 
+def student(**fields):
+    section = quantization()
+    section.update({"student": "corrected", "weight_scheme": "ternary"} | fields)
+    return policy_from(section, 2)
+
+
+def test_activations_of_a_student():
+    assert student(activation_range="dynamic") == student() == student_policy()
+    four = dataclasses.replace(ACTIVATIONS, bits=4)
+    assert student(activation_bits=4) == student_policy(activations=four)
+    none = student(activation_bits=32)
+    assert none == student_policy(activations=None) and not none.inputs and not none.activations and none.weights
+    chosen = {"student_activations": "fields", "activation_scheme": "symmetric"}
+    assert student(**chosen) == student_policy(activations=symmetric(8, clip=CLIP))
+    chosen = {"student_activations": "fields", "activation_range": "dynamic", "activation_granularity": "token"}
+    wanted = asymmetric(8, quant.per_token(), range="dynamic", clip=CLIP)
+    assert student(**chosen) == student_policy(activations=wanted)
+    assert student(student_activations="fields", activation_bits=32) == none
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_of_a_student(part):
+    assert student(student_without=part) == student_policy(**{part: False}) != student_policy()
+    published = student(student="published", student_without=f"{part},")
+    assert published == student_policy(**{part: False}, published=True)
+
+
+def test_several_parts_of_a_student():
+    assert student(student_without="emb, cls") == student(student="layers") == student_policy(emb=False, cls=False)
+    without = student(student="layers", student_without="ffn_1")
+    assert without == student_policy(emb=False, cls=False, ffn_1=False)
+
+
 def test_the_config_file():
     policies = {name: policy_from(file_config(name).quant, 6) for name in ("gradual", "published_map", "ternary")}
     assert policies["gradual"] == policies["ternary"] == student_policy()
     assert policies["published_map"] == student_policy(published=True)
-    quarter, whole = file_config("gradual+quarter"), file_config("gradual")
-    assert quarter.phases.qat.epochs == whole.phases.qat.epochs / 4
+    quarter, whole = file_config("gradual+quarter").phases, file_config("gradual").phases
+    assert (quarter.qat.epochs, quarter.intervene.steps) == (whole.qat.epochs, whole.intervene.steps)
+    assert quarter.qat.share == quarter.intervene.share == whole.qat.share / 4 == 0.25
     for name, word in (("gradul", "gradual"), ("gradual+half", "quarter")):
         with pytest.raises(UserError, match=word):
             file_config(name)
+
+
+def test_smoke_needs_no_trained_model(tiny_config):
+    config = file_config("smoke")
+    assert (config.recipe, config.model.fresh_head) == (("finetune", "qat"), True)
+    full, gradual = (trial.config for trial in plan(file_config("smoke+sweep")))
+    assert (full.recipe, full.model.fresh_head) == (("finetune",), True)
+    assert (gradual.recipe, gradual.model.fresh_head) == (("intervene", "qat"), False)
+    for each in (config, full):  # on what tests have
+        each.task, each.model.name, each.calibration.batch_size = "table", tiny_config.model.name, 8
+        each.data.update(train=tiny_config.data.train, validation=tiny_config.data.validation, max_length=16)
+        assert [phase.name for phase in make_recipe(setup(each))[0]] == list(each.recipe)

@@ -9,8 +9,9 @@ import pytest
 
 from qtx import quant
 from qtx.errors import UserError
-from qtx.experiments.config import quantization
+from qtx.experiments.config import base, quantization
 from qtx.experiments.from_config import policy_from
+from qtx.experiments.graph_classification import graph_sites
 from qtx.methods.bit_transformer import activation_spec, bit_policy, weight_spec, without_linear_bias
 from qtx.models import FAMILIES
 from qtx.nn import BertClassifier, check_policy, list_sites
@@ -99,6 +100,47 @@ def test_configured():
     section = quantization()
     section.bit.update(states=4, activation_bits=1.58, weight_scale="tensor", embeddings=False)
     assert policy_from(section, 12) == bit_policy(4, 1.58, weight_scale="tensor", embeddings=False)
+
+
+def test_configured_with_a_gcn():
+    section = quantization()
+    section.bit.update(states=3, gcn_states=2, gcn_activation_bits=2.32)
+    policy = policy_from(section, 1)
+    assert policy == bit_policy(3, gcn_states=2, gcn_activation_bits=2.32) != bit_policy(3)
+    config = base()
+    config.bittransgnn.method = "dynamic"
+    joint = graph_sites(config, FAMILIES["bert"], dataclasses.replace(tiny.ONE_LAYER, pooler=False))
+    found = quantized(policy, joint)
+    assert {found[f"gcn/layer_{i}/kernel"] for i in (0, 1)} == {"2-state absmean, per channel"}
+    assert {found[f"gcn/layer_{i}/input"] for i in (0, 1)} == {"5-state absmean, per token"}
+    assert found["encoder/layer_0/ffn/up/kernel"] == "3-state absmean, per channel"
+    with pytest.raises(UserError, match="'gcn'"):
+        quantized(policy)
+    section.bit.update(states=0)
+    alone = quantized(policy_from(section, 1), joint)
+    assert alone and all(name.startswith("gcn/") for name in alone)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(bit=dict(states=3), activation_bits=4), "leave quant.activation_bits at 8"),
+        (dict(bit=dict(states=3), weight_bits=4), "leave quant.weight_bits at None"),
+        (dict(bit=dict(states=3), weight_granularity="channel"), "leave quant.weight_granularity at 'tensor'"),
+        (dict(bit=dict(states=3), outlier_suppression="os"), "leave quant.outlier_suppression empty"),
+        (dict(bit=dict(states=3), student_without="emb"), "leave quant.student_without empty"),
+        (dict(bit=dict(states=6)), "quant.bit.states: weights take states=2 to 5, not 6"),
+        (dict(bit=dict(gcn_states=1)), "quant.bit.gcn_states: .* not 1"),
+        (dict(bit=dict(activation_bits=1.58)), "quant.bit.activation_bits is 1.58, but .*quant.bit.states"),
+        (dict(bit=dict(states=3, gcn_activation_bits=2.0)), "quant.bit.gcn_activation_bits .*gcn_states is 0"),
+        (dict(bit=dict(gcn_states=2, embeddings=False)), "quant.bit.embeddings is False, but quant.bit.states is 0"),
+    ],
+)
+def test_fields_that_do_nothing_beside_states(fields, words):
+    section = quantization()
+    section.update(fields)
+    with pytest.raises(UserError, match=words):
+        policy_from(section, 1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from qtx.errors import UserError
 from qtx.methods import distillation
 from qtx.methods.distillation import LOSS_SETS, LOSSES, Distillation, Teacher, distillation_phase, layer_pairs
 from qtx.nn import BertClassifier
@@ -283,3 +284,18 @@ def test_what_a_loss_does_not_compare_may_differ():
     wide = BertClassifier(dataclasses.replace(tiny.CONFIG, hidden_size=16, num_heads=4, num_layers=4))
     losses = {"logits": 1.0, "value_relations": 1.0}
     distillation_phase(phase_of(), Teacher(wide, {}), losses, layers="last", relation_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("losses", "options", "words"),
+    [
+        ({"logits": float("nan")}, {}, "weight nan .*'logits' is no finite number"),
+        ({"logits": float("inf")}, {}, "weight inf .*'logits' is no finite number"),
+        ({"logits": -1.0}, {}, "weight -1.0 .*'logits' is negative"),
+        ({"logits": 1.0}, {"temperature": float("inf")}, "temperature inf .*finite"),
+        ({"logits": 1.0}, {"temperature": float("nan")}, "temperature nan .*finite"),
+    ],
+)
+def test_weights_and_temperatures_that_are_none(losses, options, words):
+    with pytest.raises(UserError, match=words):
+        Distillation(MODEL, MODEL, losses, ((0, 0),), **options)

@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from qtx import policy, quant, symmetric, ternary
 from qtx.data.batching import Batches, Encoded
+from qtx.errors import UserError
 from qtx.methods import teacher_intervention as ti
 from qtx.methods.distillation import LOSS_SETS, Distillation, Teacher, distillation_phase
 from qtx.methods.teacher_intervention import (
@@ -70,6 +71,9 @@ def test_which_sites(sites):
         policy = ti.student_policy(**{switch: False}, published=True)
         assert quantized(policy, sites) == expected(*rest)
     assert quantized(ti.student_policy(quantize=False), sites) == set()
+    kernels = {name for name in expected(*ALL, factors=False) if not name.endswith("/input")}
+    for published in (False, True):
+        assert quantized(ti.student_policy(activations=None, published=published), sites) == kernels
     assert quantized(ti.student_policy(quantize=False, published=True), sites) == expected(out=True)
     assert quantized(ti.student_policy(quantize=False, qkv=False, published=True), sites) == expected()
 
@@ -285,6 +289,12 @@ def test_schedules_by_step():
     assert kinds_on("gradual", 50)[:18] == ["output"] * 9 + ["context"] * 8 + ["map"]
     assert kinds_on("inverted", 60) == ["map"] * 20 + ["context"] * 20 + ["output"] * 20
     assert kinds_on("map+output", 2) == ["map+output"] * 2
+
+
+@pytest.mark.parametrize(("name", "words"), [("map+map", "'map' twice"), ("gradual+map", "'gradual' is a schedule")])
+def test_schedules_that_make_no_sense(name, words):
+    with pytest.raises(UserError, match=words):
+        Interventions.named(name, PAIRS)
 
 
 def test_a_drawn_schedule_has_one_kind_a_step_each_as_often():
