@@ -219,9 +219,9 @@ def quantization() -> ConfigDict:
             "weight_rounding": "nearest",  # 'stochastic', in training
             "weight_scale": "mean",  # of ternary and binary grids: 'shift' (a power of two) or 'one'; of magnitude: 'norm'
             "weight_gradient": "straight",  # of ternary and binary grids: 'clipped' (within [-1, 1]) or 'decay'
-            # 'corrected' or 'published': which sites are quantized is as in teacher intervention (TernaryBERT), activations
-            # with 8 bits, weights by the fields here, tables row by row; 'layers': likewise within the layers, and embeddings
-            # and head stay in full precision, as for images; '': the fields here say all.
+            # 'corrected' or 'published': which sites are quantized is as in teacher intervention (TernaryBERT), weights by the
+            # fields here, tables row by row; 'layers': likewise within the layers, and embeddings and head stay in full
+            # precision, as for images; '': the fields here say all.
             "student": "",
             # Of `student`: 'published': symmetric, a range from each tensor itself, and `activation_bits`; 'fields': as all the
             # activation fields here say. Clipped to [-2.5, 2.5] either way.
