@@ -1,4 +1,4 @@
-r"""BitTransGNN: a low-bit encoder beside a graph convolution over a text graph; MiniLM on R8, MR, Ohsumed and MRPC.
+r"""BitTransGNN: a low-bit encoder beside a graph convolution over a text graph; MiniLM on TextGCN's corpora and GLUE.
 
     python launch/build_graph.py --config=configs/bittransgnn.py:r8 --data_dir=DATA --workdir=runs/r8_graph
     python launch/sweep.py --config=configs/bittransgnn.py:r8+sweep --data_dir=DATA --workdir=runs/r8
@@ -12,7 +12,10 @@ One row after the other by hand, each from the model of the one before:
     python launch/train.py --config=configs/bittransgnn.py:r8+distillation --config.model.name=runs/encoder/model \
         --config.bittransgnn.teacher=runs/dynamic/quantized --data_dir=DATA --workdir=runs/student
 
-The third line is direct separation: the encoder of a trained model on its own. The argument is a task, then what is trained:
+The third line is direct separation: the encoder of a trained model on its own. A run takes the graph of the model or teacher
+that it begins with, if it has the same one; runs of a sweep share theirs, in its directory `graphs`.
+
+The argument is a task (r8, r52, 20ng, mr, ohsumed; cola, mrpc, stsb, rte, wnli), then what is trained, which is one word:
 
     full_precision  the encoder with its classifier; with TASK alone, it is what is evaluated
     encoder         the same with few states (BitTransformer): 3, or --config.quant.bit.states=2, 4, 5
@@ -33,7 +36,9 @@ model): encoder 0.768 and 0.774, dynamic 0.758 and 0.783. The rest was not run.
 from qtx.errors import UserError, near_misses
 from qtx.experiments.config import analysis, base, changed, sweeping
 
-TASKS = {"r8": "R8", "mr": "mr", "ohsumed": "ohsumed", "mrpc": "mrpc", "rte": "rte", "r52": "R52", "20ng": "20ng"}
+GLUE = ("cola", "mrpc", "stsb", "rte", "wnli")
+TASKS = {"r8": "R8", "r52": "R52"} | {name: name for name in ("20ng", "mr", "ohsumed", *GLUE)}
+METRICS = {"cola": "test_matthews", "stsb": "test_pearson"}  # what sweeps compare; of the others it is accuracy
 GRAPH_RATE = 1e-3
 
 METHODS: dict[str, dict] = {
@@ -64,6 +69,7 @@ METHODS["online"] = METHODS["dynamic"] | {
     "bittransgnn.method": "online",
     "phases.qat.optimizer.rate_factors": (("teacher/gcn/**", GRAPH_RATE / 2e-5),),
 }
+SHARED = {"bittransgnn.graph": "/graphs"}  # what runs of a sweep build once, in a directory of the sweep
 STARTED = ("static", "dynamic", "distillation", "online")  # from a trained encoder
 PUBLISHED = {  # accuracy of BERT-base in percent: 1.58 bits, then 2.32
     "R8": {"BitTransformer": (97.29, 96.82), "static": (97.72, 98.02), "dynamic": (97.78, 98.12)},
@@ -93,6 +99,8 @@ def rows(task: str) -> list[dict]:
 
         def row(name: str, method: str, start: str = "", bits=bits, width=width, chosen=chosen, **fields) -> dict:
             changes = METHODS[method] | width
+            if "bittransgnn.method" in changes:
+                fields["uses"] = SHARED | fields.get("uses", {})
             return dict(name=f"{name} {bits}", start=start, changes=changes, published=chosen.get(name, {}), **fields)
 
         found += [
@@ -112,6 +120,10 @@ def get_config(arg: str = "r8"):
     for word, known in ((task, TASKS), *((word, (*METHODS, "sweep", "lambda", "analysis", "smoke")) for word in words)):
         if word not in known:
             raise UserError(f"configs/bittransgnn.py: unknown word {word!r}{near_misses(word, known)}")
+    chosen = [word for word in words if word in (*METHODS, "sweep", "lambda")]
+    if len(chosen) > 1 or "analysis" in words and {"sweep", "lambda"} & set(chosen):
+        both = " and ".join(chosen if len(chosen) > 1 else (*chosen, "analysis"))
+        raise UserError(f"configs/bittransgnn.py: {arg!r} asks for {both}; name one method, or one sweep")
     config = changed(base(), task_fields(task), arg)
     config.data.splits = "graph"
     config.data.max_length = 128
@@ -129,7 +141,7 @@ def get_config(arg: str = "r8"):
         config = changed(config, METHODS.get(word, {}), arg)
     if "sweep" in words or "lambda" in words:
         config.model.fresh_head = True
-        config.sweep = lambda_sweep() if "lambda" in words else methods_sweep(task)
+        config.sweep = lambda_sweep(task) if "lambda" in words else methods_sweep(task)
     if "analysis" in words:
         config.analyses, config.analysis, config.model.fresh_head = ("features",), analysis(), False
     if "smoke" in words:
@@ -149,21 +161,20 @@ def methods_sweep(task: str):
         name=f"bittransgnn_{task}",
         rows=tuple(rows(task)),
         seeds=(0, 1, 2),
-        metric="test_accuracy",
+        metric=METRICS.get(task, "test_accuracy"),
         orderings=tuple(claims),
         near=0.003,
     )
 
 
-def lambda_sweep():
+def lambda_sweep(task: str):
     """Returns the section of accuracy against the graph's share of the vote."""
     axis = "bittransgnn.mix"
     rows: list[dict] = []
     for bits, states in (("1.58", 3), ("2.32", 5)):
         width, encoder = {"quant.bit.states": states}, f"BitTransformer {bits}"
         rows.append(dict(name=encoder, changes=METHODS["encoder"] | width, ignores=(axis,)))
-        rows.append(dict(name=f"static {bits}", start=encoder, changes=METHODS["static"] | width))
+        rows.append(dict(name=f"static {bits}", start=encoder, uses=SHARED, changes=METHODS["static"] | width))
     shares = tuple(i / 10 for i in range(11))
-    return sweeping(
-        name="bittransgnn_lambda", grid=((axis, shares),), rows=tuple(rows), seeds=(0, 1, 2), metric="test_accuracy"
-    )
+    metric = METRICS.get(task, "test_accuracy")
+    return sweeping(name="bittransgnn_lambda", grid=((axis, shares),), rows=tuple(rows), seeds=(0, 1, 2), metric=metric)

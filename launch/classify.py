@@ -1,10 +1,10 @@
 """Classify lines with a trained model, from a file or standard input; new texts attach to the graph of a BitTransGNN.
 
     python launch/classify.py --model=runs/dynamic/quantized --input=texts.txt --output=labels.txt
-    echo "Oil prices rose again on Monday." | python launch/classify.py --model=runs/dynamic/model
+    echo "Oil prices rose again on Monday." | python launch/classify.py --model=runs/dynamic/quantized
 
-Every line is a text, or two that a tab separates; line n of the output is the label of line n of the input and its
-probability (the number, twice, for a regression).
+Every line is a text, or two that a tab separates, as the model was trained on; line n of the output is the label of line n
+of the input and its probability (the number, twice, for a regression).
 """
 
 from absl import flags

@@ -108,7 +108,7 @@ class TextGraph:
     @property
     def identity(self) -> str:
         """Of texts and settings: what a model that was trained on the graph belongs to."""
-        return f"{self.fingerprint} {self.settings}"
+        return _identity(self.fingerprint, self.settings)
 
     @property
     def n_documents(self) -> int:
@@ -306,6 +306,16 @@ def attach(graph: TextGraph, texts: Sequence[str], track: Track = untracked) -> 
 # ------------------------------------------------------------------------------------------------- files
 
 
+def identity_of(texts: Sequence[str], n_train: int, settings: GraphSettings) -> str:
+    """Returns the `TextGraph.identity` of what `build_graph` would make of the same arguments; nothing is built."""
+    return _identity(_fingerprint(_used(texts, n_train, settings), n_train), settings)
+
+
+def name_of(identity: str) -> str:
+    """Returns the name of a graph's file in a directory of graphs: another one for other texts, settings or layouts."""
+    return f"{hashlib.sha256(f'{_VERSION} {identity}'.encode()).hexdigest()[:16]}.npz"
+
+
 def save_graph(graph: TextGraph, path: str | os.PathLike[str]) -> None:
     """Writes a graph as one file, whole or not at all."""
     record = {
@@ -362,8 +372,8 @@ def load_graph(path: str | os.PathLike[str]) -> TextGraph:
     except UserError:
         raise
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is no whole graph ({reason}); build it again with launch/build_graph.py") from error
+        # The reason stays with the error: NumPy's own advice for a file of another kind is to load it unsafely.
+        raise UserError(f"{path} is no whole graph; build it again with launch/build_graph.py") from error
 
 
 def _as_bytes(text: str) -> np.ndarray:
@@ -405,6 +415,10 @@ class _Features:
 
 def _used(texts: Sequence[str], n_train: int, settings: GraphSettings) -> Sequence[str]:
     return texts[:n_train] if settings.inductive else texts
+
+
+def _identity(fingerprint: str, settings: GraphSettings) -> str:
+    return f"{fingerprint} {settings}"
 
 
 def _fingerprint(texts: Sequence[str], n_train: int) -> str:

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from qtx import data, models
 from qtx.data.batching import Batches, bucket_lengths
 from qtx.data.corpus import published_splits
-from qtx.errors import UserError
+from qtx.errors import UserError, near_misses
+from qtx.experiments.config import bittransgnn, phases_of
 from qtx.experiments.experiment import (
     LABELLED,
     VALIDATION,
@@ -25,9 +26,13 @@ from qtx.experiments.experiment import (
     from_nothing,
     load_model,
 )
+from qtx.experiments.graph_part import warn_of_unused
 from qtx.nn.bert import BertConfig
 from qtx.train import metrics
 from qtx.train.loop import predict
+
+_PREFIXES = {"validation": "", "validation_mismatched": "mismatched_"}
+"""Of the metrics of a split; of any other it is its name."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +47,8 @@ class Classification(Experiment):
 
     @classmethod
     def make(cls, config: ConfigDict) -> Classification:
-        """Loads and checks everything that a run needs: see `prepare`."""
+        """Loads and checks everything that a run without a graph needs: see `prepare`."""
+        warn_of_unused(config.bittransgnn, bittransgnn())
         return prepare(config)
 
     @property
@@ -98,6 +104,15 @@ class Classification(Experiment):
         self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str] = LABELLED
     ) -> dict[str, np.ndarray]:
         """Returns the logits `[N, C]` of splits; see `evaluate`."""
+        return self._outputs(model, variables, splits, "logits")
+
+    def pooled(self, model: nn.Module, variables: Mapping[str, Any], split: str) -> np.ndarray:
+        """Returns what the classifier of the encoder sees of a split's examples, `[N, D]`."""
+        return self._outputs(model, variables, [split], "pooled")[split]
+
+    def _outputs(
+        self, model: nn.Module, variables: Mapping[str, Any], splits: Sequence[str], output: str
+    ) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
         variables, draws = self.published_form(model, variables)
         if draws is None and self.config.quant.evaluation_rounding == "drawn":
@@ -105,7 +120,7 @@ class Classification(Experiment):
         for split in splits:
             if split in self.encoded:
                 batches = self.batches(split, self.config.data.eval_batch_size, shuffle=False, epochs=1)
-                found[split] = predict(model, variables, batches, self.mesh, draws)
+                found[split] = predict(model, variables, batches, self.mesh, draws, output)
         return found
 
     def check_teacher(self, name: str, directory: Path, sizes: models.ModelConfig) -> None:
@@ -122,18 +137,29 @@ class Classification(Experiment):
                 f"teacher.name: the vocabulary of {name} is not that of {self.config.model.name}; both must read the same ids"
             )
 
+    def training(self) -> dict[str, Any]:
+        splits = (*VALIDATION, "test") if self.config.evaluate_test else VALIDATION
+        prefixes = [_PREFIXES.get(split, f"{split}_") for split in splits if split in self.encoded]
+        known = ["score", *(f"{prefix}{name}" for prefix in prefixes for name in (*self.task.metrics, *self.task.also))]
+        for phase, section in phases_of(self.config):
+            if section.metric not in known:
+                raise UserError(
+                    f"phases.{phase}.metric: evaluations of {self.task.name} while training give no {section.metric!r}"
+                    f"{near_misses(section.metric, known)}"
+                )
+        return super().training()
+
     def metrics(self, logits: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Returns the metrics of what `logits` gave; see `evaluate`. Without a validation split there is no `score`."""
-        prefixes = {"validation": "", "validation_mismatched": "mismatched_"}
         found: dict[str, float] = {}
         scores = []
         for split, its_logits in logits.items():
-            prefix = prefixes.get(split, f"{split}_")
+            prefix = _PREFIXES.get(split, f"{split}_")
             predictions = metrics.predictions_from_logits(its_logits, self.task.is_regression)
-            values = metrics.compute(self.task.metrics, predictions, self.encoded[split].labels)
+            values = metrics.compute((*self.task.metrics, *self.task.also), predictions, self.encoded[split].labels)
             found |= {prefix + name: value for name, value in values.items()}
             if split in VALIDATION:
-                scores.append(metrics.score(values))
+                scores.append(metrics.score({name: values[name] for name in self.task.metrics}))
         return found | ({"score": float(np.mean(scores))} if scores else {})
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Classifier:
       text: the encoder with its classifier.
       variables: its parameters, and ranges if it is quantized.
       labels: names of the classes; empty for a regression.
+      columns: names of the one or two texts of an example, or () where nothing says what the model was trained on.
       tokenizer: of the encoder.
       mesh: where to compute.
       max_length: tokens; the rest of a longer text is left out.
@@ -58,6 +60,7 @@ class Classifier:
     text: nn.Module
     variables: dict[str, Any]
     labels: tuple[str, ...]
+    columns: tuple[str, ...]
     tokenizer: Any
     mesh: Mesh
     max_length: int
@@ -65,13 +68,16 @@ class Classifier:
     graph: TextGraph | None
 
     @classmethod
-    def load(cls, name: str, graph: str = "", max_length: int = 128) -> Classifier:
+    def load(
+        cls, name: str, graph: str = "", max_length: int = 128, warn: Callable[[str], None] | None = None
+    ) -> Classifier:
         """Loads a checkpoint (`model/` of a run) or a packed artifact (`quantized/`).
 
         Args:
           name: see `qtx.models.locate`.
           graph: file of the graph that the model was trained with; '': `graph.npz` beside the model's directory.
           max_length: of texts, in tokens.
+          warn: gets a line about a float model that was trained to be run quantized.
 
         Raises:
           UserError: on a model that does not classify texts, or a graph that is missing or another one.
@@ -86,6 +92,8 @@ class Classifier:
             if found.fresh:
                 raise UserError(f"{name} has no trained {' and '.join(found.fresh)}; give a model that was trained")
             text, variables = found.family.module(config=found.config), {"params": found.params}
+            if warn is not None and (better := _quantized_instead(directory)):
+                warn(f"{name} is the float model of a run whose quantized one was evaluated{better}")
         if not isinstance(found.config, BertConfig):
             raise UserError(f"{name} does not classify texts; give the directory of a model that does")
         if not 1 <= max_length <= found.config.max_positions:
@@ -102,7 +110,8 @@ class Classifier:
                 )
         tokenizer = data.load_tokenizer(directory)
         own = () if count == 1 else labels
-        return cls(text, variables, own, tokenizer, make_mesh(), max_length, part, text_graph)
+        columns = _columns(directory, part)
+        return cls(text, variables, own, columns, tokenizer, make_mesh(), max_length, part, text_graph)
 
     def __call__(self, texts: Sequence[Sequence[str]], batch_size: int = 32) -> tuple[list[str], np.ndarray]:
         """Classifies texts.
@@ -115,14 +124,23 @@ class Classifier:
           The label of each text (of a regression the number, as text), and log probabilities `[M, C]` (or numbers `[M, 1]`).
 
         Raises:
-          UserError: no text; one without a word, or with another number of columns than the others.
+          UserError: no text; one without a word, or with another number of columns than the model takes, or the others have.
+            Lines are counted from 1.
         """
-        if not texts or len({len(row) for row in texts}) > 1:
-            raise UserError("there are no texts to classify" if not texts else "some lines have one text and some two")
-        columns = [list(column) for column in zip(*texts, strict=True)]
+        if not texts:
+            raise UserError("there are no texts to classify")
         for number, row in enumerate(texts, 1):
             if not any(text.strip() for text in row):
-                raise UserError(f"text {number} is empty; leave it out")
+                raise UserError(f"line {number} is empty; leave it out")
+            if self.columns and len(row) != len(self.columns):
+                how = "" if len(self.columns) == 1 else ", separated by a tab"
+                raise UserError(
+                    f"line {number} has {_counted(len(row))}, but the model takes {_counted(len(self.columns))} "
+                    f"({', '.join(self.columns)}){how}"
+                )
+            if len(row) != len(texts[0]):
+                raise UserError(f"line {number} has {_counted(len(row))} and line 1 {_counted(len(texts[0]))}")
+        columns = [list(column) for column in zip(*texts, strict=True)]
         values = (
             self._plain(columns, batch_size, "logits") if self.part is None else self._attached(columns, batch_size)
         )
@@ -147,6 +165,9 @@ class Classifier:
         task = data.TASKS.get(self.part.task, own)
         tokenizer = data.load_tokenizer(models.locate(self.part.tokenizer)) if self.part.tokenizer else None
         words = new_documents(task, columns, self.part.words, tokenizer)
+        for number, text in enumerate(words, 1):
+            if not text.split():
+                raise UserError(f"line {number} has no word left after cleaning; leave it out")
         if words_kind(task, self.part.words) != "basic":  # the encoder was trained on cleaned texts, too
             known = frozenset(self.graph.vocabulary)
             columns = [[without_backslashes(" ".join(w for w in text.split() if w in known)) for text in words]]
@@ -176,6 +197,40 @@ class Classifier:
         return self._joint.apply(variables, method="entering")
 
 
+def _counted(texts: int) -> str:
+    return "one text" if texts == 1 else f"{texts} texts"
+
+
+def _record_of_run(directory: Path) -> Mapping[str, Any]:
+    """Returns the configuration of the run that a model's directory is part of; empty where there is none."""
+    try:
+        record = json.loads((directory.parent / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _columns(directory: Path, part: GraphPart | None) -> tuple[str, ...]:
+    """Returns the names of the texts that a model takes, as far as its run or its graph says what it was trained on."""
+    record = _record_of_run(directory)
+    name = str(record.get("task", part.task if part is not None else ""))
+    if name.lower() in {known.lower() for known in data.TASKS}:
+        return data.get_task(name).columns
+    return {"table": tuple(record.get("data", {}).get("text_columns", ())), "folder": ("text",)}.get(name, ())
+
+
+def _quantized_instead(directory: Path) -> str:
+    """Returns what is to be said of a float model that its run evaluated quantized; '' of any other."""
+    packed = directory.parent / "quantized"
+    if (packed / WEIGHTS_FILE).is_file():
+        return f"; for its labels give {packed}"
+    record = _record_of_run(directory)
+    last = (record.get("recipe") or [""])[-1]
+    if directory.name == "model" and record.get("phases", {}).get(last, {}).get("quantized"):
+        return ", and is not packed; its labels can be others"
+    return ""
+
+
 def classify_file(model: str, graph: str, source: str, target: str, max_length: int, batch_size: int) -> None:
     """Classifies a file line by line.
 
@@ -190,7 +245,11 @@ def classify_file(model: str, graph: str, source: str, target: str, max_length: 
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    classifier = Classifier.load(model, graph, max_length)
+
+    def warn(message: str) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    classifier = Classifier.load(model, graph, max_length, warn)
     text = standard_input() if source == "-" else read_text(Path(source))
     lines = [line.strip().split("\t") for line in text.removesuffix("\n").split("\n")] if text else []
     labels, values = classifier(lines, batch_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import sys
 import time
@@ -15,10 +17,20 @@ from ml_collections import ConfigDict
 
 from qtx import data, models
 from qtx.data.corpus import Corpus, make_corpus, published_splits, words_kind
-from qtx.data.text_graph import GraphSettings, TextGraph, attach, build_graph, load_graph, save_graph
+from qtx.data.text_graph import (
+    GraphSettings,
+    TextGraph,
+    attach,
+    build_graph,
+    identity_of,
+    load_graph,
+    name_of,
+    save_graph,
+)
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import load_dataset
 from qtx.experiments.config import base
+from qtx.experiments.images import TASKS as IMAGES
 from qtx.experiments.translation import TASKS as TRANSLATION
 from qtx.train.logging import progress
 from qtx.train.report import Table, check_config, save_config
@@ -35,6 +47,8 @@ def corpus_from(config: ConfigDict) -> Corpus:
     """
     if config.task in TRANSLATION:
         raise UserError(f"task {config.task!r} is a translation; graphs are of texts with labels, such as R8 or rte")
+    if config.task in IMAGES:
+        raise UserError(f"task {config.task!r} has images; graphs are of texts with labels, such as R8 or rte")
     dataset, section = load_dataset(config), config.graph
     if config.data.splits != "graph":
         dataset = published_splits(dataset)
@@ -51,8 +65,20 @@ def settings_from(section: ConfigDict) -> GraphSettings:
     return GraphSettings(section.adj_type, section.window, section.neighbours, section.doc_doc_nodes, inductive)
 
 
+def file_of(corpus: Corpus, settings: GraphSettings, path: Path) -> Path:
+    """Returns the file of a graph: the path, or if that is no `.npz` and no file, one in it as a directory of graphs.
+
+    Its name there says which graph it is, so runs on several graphs can share the directory.
+    """
+    if path.suffix == ".npz" or path.is_file():
+        return path
+    return path / name_of(identity_of(corpus.texts, corpus.n_train, settings))
+
+
 def graph_from(corpus: Corpus, settings: GraphSettings, path: Path) -> TextGraph:
     """Returns the graph of a corpus: the saved one if there is one, else a new one, which is saved.
+
+    The file appears whole, so runs that begin at the same time may both build a graph, and both have a right one.
 
     Raises:
       UserError: the file is damaged, or a graph of other data or settings.
@@ -64,6 +90,51 @@ def graph_from(corpus: Corpus, settings: GraphSettings, path: Path) -> TextGraph
     graph = build_graph(corpus.texts, corpus.n_train, settings, track)
     save_graph(graph, path)
     return graph
+
+
+def graph_of_run(
+    corpus: Corpus, settings: GraphSettings, given: str, models: Sequence[Path | None]
+) -> tuple[TextGraph, Path | None]:
+    """Returns the graph that a run needs, and its file, if it has one.
+
+    Args:
+      corpus: the documents.
+      settings: how the graph is built.
+      given: a file, or a directory of graphs: see `file_of`. '': the graph of the run of one of the models if it is the same,
+        else a new one, which is not saved here.
+      models: directories of models that the run begins with.
+
+    Raises:
+      UserError: the given file is damaged, or a graph of other data or settings.
+    """
+    if given:
+        path = file_of(corpus, settings, Path(given))
+        return graph_from(corpus, settings, path), path
+    identity = identity_of(corpus.texts, corpus.n_train, settings)
+    for directory in models:
+        path = Path() if directory is None else directory.parent / GRAPH_FILE
+        # One that is damaged was not asked for, and is built again.
+        with contextlib.suppress(UserError):
+            if path.is_file() and (graph := load_graph(path)).identity == identity:
+                return graph, path
+    return build_graph(corpus.texts, corpus.n_train, settings, track), None
+
+
+def give_graph(graph: TextGraph, path: Path, target: Path) -> None:
+    """Gives a run the graph that it was trained with: a further name of its file where the disk can, else a copy.
+
+    Args:
+      graph: the graph.
+      path: of its file.
+      target: of the run.
+    """
+    if target.exists() and path.exists() and target.samefile(path):
+        return
+    target.unlink(missing_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:
+        save_graph(graph, target)
 
 
 def edges_into(graph: TextGraph, texts: Sequence[str]) -> BCSR:

@@ -22,12 +22,13 @@ from ml_collections import ConfigDict
 
 from qtx import models
 from qtx.data.corpus import Corpus, words_kind
-from qtx.data.text_graph import TextGraph, build_graph, save_graph
+from qtx.data.text_graph import TextGraph, save_graph
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import Classification, prepare
+from qtx.experiments.config import phases_of
 from qtx.experiments.experiment import LABELLED, load_model
-from qtx.experiments.graph import GRAPH_FILE, corpus_from, edges_into, graph_from, settings_from, track
-from qtx.experiments.graph_part import GraphPart, joint_policy, part_of
+from qtx.experiments.graph import GRAPH_FILE, corpus_from, edges_into, give_graph, graph_of_run, settings_from
+from qtx.experiments.graph_part import GraphPart, graph_config_from, joint_policy, part_of
 from qtx.methods.bittransgnn import GraphDistillation, graph_loss, vote, vote_of_others
 from qtx.nn.graph import Graph, adjacency
 from qtx.nn.sites import SiteInfo, list_sites, names_by_kind
@@ -47,18 +48,20 @@ class GraphClassification(Classification):
     Attributes:
       corpus: the documents; the data set's splits are theirs.
       graph: of them.
+      graph_file: where it is; None: nowhere yet.
       votes: of the teacher for the training documents: logits `graph` and `text`, each `[N, C]`; empty without one.
       teacher_mix: the teacher's lambda.
     """
 
     corpus: Corpus
     graph: TextGraph
+    graph_file: Path | None
     votes: dict[str, jax.Array]
     teacher_mix: float
 
     @classmethod
     def make(cls, config: ConfigDict) -> GraphClassification:  # type: ignore[override]
-        """Loads and checks everything that a run needs, cheapest first; builds the graph.
+        """Loads and checks everything that a run needs, cheapest first; builds the graph if there is none.
 
         Raises:
           UserError: on anything in the configuration, the data or the checkpoint that does not fit.
@@ -68,24 +71,31 @@ class GraphClassification(Classification):
             raise UserError(f"unknown bittransgnn.method {c.method!r}{near_misses(c.method, METHODS)}")
         settings, graph_config = settings_from(config.graph), graph_config_from(c)
         GraphDistillation(0.5, c.alpha, c.temperature, c.target)  # checks its fields
+        _check_phases(config)
         teacher = None
         if c.method == "distillation":
             if not c.teacher:
                 raise UserError("bittransgnn.method 'distillation' needs a teacher: set bittransgnn.teacher")
             teacher = models.locate(c.teacher)
             part = GraphPart.load(teacher)
+        elif c.teacher:
+            raise UserError(
+                f"bittransgnn.teacher {c.teacher!r} is for the method 'distillation', not {c.method!r}; leave it out"
+            )
         corpus = corpus_from(config)
         base = prepare(config, corpus.dataset)
+        if base.pretrained.fresh and not config.model.fresh_head:
+            raise UserError(
+                f"model.name: {config.model.name} has no classifier that was trained on {config.task}; train that of "
+                f"configs/bittransgnn.py:{config.task.lower()}+encoder first and give its run's model/"
+            )
         if getattr(base.pretrained.config, "pooler", True):
             raise UserError(
                 "BitTransGNN's classifier sees the encoder's features as they are: train or load it with model.pooler=False"
             )
-        if c.graph:
-            graph = graph_from(corpus, settings, Path(c.graph))
-        else:
-            graph = build_graph(corpus.texts, corpus.n_train, settings, track)
+        graph, file = graph_of_run(corpus, settings, c.graph, (base.pretrained.directory, teacher))
         fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-        made = cls(**fields, corpus=corpus, graph=graph, votes={}, teacher_mix=0.0)
+        made = cls(**fields, corpus=corpus, graph=graph, graph_file=file, votes={}, teacher_mix=0.0)
         if teacher is not None:
             return dataclasses.replace(made, votes=made._teacher_votes(teacher, part), teacher_mix=part.config.mix)
         return made._joined(graph_config)
@@ -173,10 +183,11 @@ class GraphClassification(Classification):
     def training(self) -> dict[str, Any]:
         c = self.config.bittransgnn
         fields = c.alpha, c.temperature, c.target
+        common = super().training()
         if c.method == "distillation":
-            return {"objective": GraphDistillation(self.teacher_mix, *fields), "constants": self.votes}
+            return common | {"objective": GraphDistillation(self.teacher_mix, *fields), "constants": self.votes}
         graph = {"adjacency": self.adjacency}
-        found: dict[str, Any] = {
+        found: dict[str, Any] = common | {
             "objective": graph_loss,
             "constants": graph,
             "memory": self.memory,
@@ -209,7 +220,7 @@ class GraphClassification(Classification):
         bank = np.zeros((self.graph.n_nodes, self.pretrained.config.hidden_size), np.float32)  # type: ignore
         for split in self.encoded:
             if self._in_graph(split):
-                bank[self.nodes(split)] = self._pooled(model, variables, split)
+                bank[self.nodes(split)] = self.pooled(model, variables, split)
         return jnp.asarray(bank)
 
     def _in_graph(self, split: str) -> bool:
@@ -237,7 +248,7 @@ class GraphClassification(Classification):
         plain = {name: value for name, value in variables.items() if name != "bank"} | {"bank": {"features": bank}}
         if self._in_graph(split):
             return vote(model, plain, self.adjacency, jnp.asarray(self.nodes(split)))
-        pooled = jnp.asarray(self._pooled(model, variables, split))
+        pooled = jnp.asarray(self.pooled(model, variables, split))
         return vote_of_others(model, plain, self.adjacency, pooled, self._edges_of_others)
 
     @functools.cached_property
@@ -245,7 +256,7 @@ class GraphClassification(Classification):
         """Edges of the test documents into an inductive graph."""
         return edges_into(self.graph, self.corpus.texts[self.corpus.n_train :])
 
-    def _pooled(self, model: nn.Module, variables: Mapping[str, Any], split: str) -> np.ndarray:
+    def pooled(self, model: nn.Module, variables: Mapping[str, Any], split: str) -> np.ndarray:
         """Returns features `[N, D]` of a split's documents, without dropout."""
         batches = self.batches(split, self.config.data.eval_batch_size, shuffle=False, epochs=1)
         plain = {name: variables[name] for name in ("params", "ranges") if name in variables}
@@ -275,8 +286,10 @@ class GraphClassification(Classification):
         words = words_kind(self.task, section.words)
         texts = (self.task.name, section.words, section.tokenizer if words == "basic" else "")
         part = GraphPart(gcn_config, gcn, np.asarray(bank), self.graph.identity, gcn_policy, *texts)
-        if not self.config.bittransgnn.graph:
+        if self.graph_file is None:
             save_graph(self.graph, workdir / GRAPH_FILE)
+        else:
+            give_graph(self.graph, self.graph_file, workdir / GRAPH_FILE)
         for name in ("model", "quantized"):
             if (workdir / name).is_dir():
                 part.save(workdir / name)
@@ -287,9 +300,15 @@ def below(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {kind: variables[kind].get(name, {}) for kind in ("params", "ranges") if kind in variables}
 
 
-def graph_config_from(section: ConfigDict) -> GraphConfig:
-    """Reads what the graph convolution is from the section `bittransgnn`; raises a `UserError` on a value out of range."""
-    return GraphConfig(section.mix, section.hidden_size, section.num_layers, section.dropout, section.bias)
+def _check_phases(config: ConfigDict) -> None:
+    """Raises a `UserError` if a phase asks for losses of layers: what a graph method learns from is its own."""
+    for name, section in phases_of(config):
+        if section.losses or section.intervention:
+            field = "losses" if section.losses else "intervention"
+            raise UserError(
+                f"phases.{name}.{field} {section[field]!r} is for encoders alone, and bittransgnn.method "
+                f"{config.bittransgnn.method!r} has losses of its own; leave one of them empty"
+            )
 
 
 def joint_model(

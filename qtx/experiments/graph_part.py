@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from qtx.errors import UserError
 from qtx.export.policy_json import policy_from_json, policy_to_json
@@ -79,6 +81,27 @@ class GraphPart:
             return cls(config, params, features, record["graph"], policy, *record["texts"])
         except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} cannot be read ({error}); is the file truncated?") from None
+
+
+def graph_config_from(section: ConfigDict) -> GraphConfig:
+    """Reads what the graph convolution is from the section `bittransgnn`; raises a `UserError` on a value out of range."""
+    return GraphConfig(section.mix, section.hidden_size, section.num_layers, section.dropout, section.bias)
+
+
+def warn_of_unused(section: ConfigDict, default: ConfigDict) -> None:
+    """Checks the section `bittransgnn` of a run without a method, and says on standard error which of it does nothing.
+
+    A line, not an error: rows of a sweep with and without a graph have the same section.
+
+    Raises:
+      UserError: a value out of range.
+    """
+    graph_config_from(section)
+    if unused := [f"bittransgnn.{name}" for name, value in section.items() if value != default[name]]:
+        print(
+            f"warning: without bittransgnn.method there is no graph, and {', '.join(unused)} does nothing",
+            file=sys.stderr,
+        )
 
 
 def part_of(directory: Path | None) -> GraphPart | None:

@@ -19,7 +19,9 @@ import ast
 import copy
 import dataclasses
 import fnmatch
+import functools
 import itertools
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -89,7 +91,8 @@ class Row:
       start: name of the row whose model (`model/` in its run directory, same point and seed) is `model.name` here.
       start_at: by label, the row that it starts from there instead.
       uses: further fields with the rows whose runs they name; behind a slash what of the run: `{"bittransgnn.teacher":
-        "dynamic/quantized"}`; without one its `model`.
+        "dynamic/quantized"}`; without one its `model`. Without a row (`"/graphs"`) it is a place in the sweep's own directory,
+        which all runs share, unless the field has a value.
       ignores: axes that make no difference to it: it is run once for all their values, and rows at each of them share it.
         `'seed'`: it is run with the first seed, for all of them.
       changes: values by dotted field.
@@ -184,7 +187,9 @@ class Trial:
             found = {"model.name": model, "model.start": None}  # what it started from itself
         for field, given in self.row.uses.items():
             row, _, part = given.partition("/")
-            found[field] = str(workdir.resolve() / self._run(row, seed) / (part or "model"))
+            if not row and functools.reduce(operator.getitem, field.split("."), self.config):
+                continue  # a place of one's own
+            found[field] = str(workdir.resolve() / (self._run(row, seed) if row else "") / (part or "model"))
         return changed(self.config, {"seed": seed, **found, **drawn}, self.name)
 
 

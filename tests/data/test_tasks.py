@@ -16,7 +16,7 @@ def test_the_nine_glue_tasks_ag_news_the_two_packaged_ones_and_textgcn():
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 def test_every_task_is_consistent(task):
     assert len(task.columns) in (1, 2)
-    assert set(task.metrics) <= set(METRICS) and task.metrics
+    assert {*task.metrics, *task.also} <= set(METRICS) and task.metrics and not set(task.metrics) & set(task.also)
     assert task.is_regression == (task.name == "stsb") == (task.num_labels == 1)
     assert len(set(task.labels)) == len(task.labels)
     assert get_task(task.name) is task
@@ -30,6 +30,7 @@ def test_label_ids_follow_the_published_order():
     assert get_task("cola").metrics == ("matthews",)
     assert get_task("mrpc").metrics == get_task("qqp").metrics == ("accuracy", "f1")
     assert get_task("stsb").metrics == ("pearson", "spearman")
+    assert all((TASKS[name].metrics, TASKS[name].also) == (("accuracy",), ("weighted_f1",)) for name in CORPORA)
 
 
 def test_classes_of_textgcn_are_sorted_and_capitals_make_no_difference():

@@ -208,7 +208,7 @@ def test_damaged_files_are_named(tmp_path):
     damaged[middle] ^= 255
     for data in (whole[:middle], whole[:-1], b"", b"text", bytes(damaged)):
         path.write_bytes(data)
-        with pytest.raises(UserError, match="graph.npz is no whole graph .*; build it again"):
+        with pytest.raises(UserError, match="graph.npz is no whole graph; build it again"):
             load_graph(path)
     np.savez(path, something=np.zeros(3))
     with pytest.raises(UserError, match="no whole graph"):

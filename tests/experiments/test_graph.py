@@ -5,9 +5,10 @@ import csv
 import numpy as np
 import pytest
 
-from qtx.data.text_graph import load_graph
+from qtx.data.text_graph import build_graph, load_graph
 from qtx.errors import UserError
-from qtx.experiments.graph import build, corpus_from, settings_from
+from qtx.experiments import graph as graphs
+from qtx.experiments.graph import build, corpus_from, give_graph, graph_of_run, settings_from
 
 
 @pytest.fixture
@@ -89,10 +90,48 @@ def test_another_configuration_or_other_data_need_another_directory(graph_config
         build(graph_config, tmp_path)
 
 
-def test_bad_values(graph_config):
+def test_graphs_in_a_directory_are_built_once(graph_config, tmp_path, monkeypatch):
+    built = []
+
+    def counted(*args):
+        built.append(args[2])
+        return build_graph(*args)
+
+    monkeypatch.setattr(graphs, "build_graph", counted)
+    corpus = corpus_from(graph_config)
+    for adj_type in ("full", "full", "no_doc", "full"):
+        graph_config.graph.adj_type = adj_type
+        settings = settings_from(graph_config.graph)
+        graph, path = graph_of_run(corpus, settings, str(tmp_path / "graphs"), ())
+        assert graph.settings.adj_type == adj_type and load_graph(path).identity == graph.identity
+    assert [settings.adj_type for settings in built] == ["full", "no_doc"]
+    assert len(list((tmp_path / "graphs").iterdir())) == 2
+
+    # A run has it under a further name, which costs no room, and another run that begins with its model takes it.
+    (tmp_path / "run").mkdir()
+    give_graph(graph, path, tmp_path / "run" / "graph.npz")
+    assert path.samefile(tmp_path / "run" / "graph.npz")
+    give_graph(graph, tmp_path / "gone.npz", tmp_path / "run" / "graph.npz")
+    assert load_graph(tmp_path / "run" / "graph.npz").identity == graph.identity and not path.samefile(
+        tmp_path / "run" / "graph.npz"
+    )
+    models = (None, tmp_path / "elsewhere" / "model", tmp_path / "run" / "model")
+    assert graph_of_run(corpus, settings, "", models)[1] == tmp_path / "run" / "graph.npz" and len(built) == 2
+    (tmp_path / "run" / "graph.npz").write_bytes(b"none")
+    assert graph_of_run(corpus, settings, "", models)[1] is None and len(built) == 3
+
+
+def test_bad_values(graph_config, tmp_path):
     graph_config.graph.inference = "inductiv"
     with pytest.raises(UserError, match="unknown graph.inference 'inductiv'; did you mean 'inductive'"):
         settings_from(graph_config.graph)
     graph_config.task = "multi30k"
     with pytest.raises(UserError, match="task 'multi30k' is a translation"):
         corpus_from(graph_config)
+    graph_config.task = "cifar10"
+    with pytest.raises(UserError, match="task 'cifar10' has images; graphs are of texts"):
+        corpus_from(graph_config)
+    (tmp_path / "graph.npz").write_text("garbage")
+    with pytest.raises(UserError, match="no whole graph") as caught:
+        load_graph(tmp_path / "graph.npz")
+    assert "pickle" not in str(caught.value)

@@ -1,6 +1,7 @@
 """BitTransGNN by configuration: training, resuming, what is saved, distillation, and texts that come later."""
 
 import copy
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ import pytest
 import scipy.sparse
 from flax import traverse_util
 
+from qtx.data.tasks import get_task
 from qtx.errors import UserError
 from qtx.experiments.analyze import analyze
 from qtx.experiments.classify import Classifier, classify_file
 from qtx.experiments.config import analysis, changed
 from qtx.experiments.graph_classification import GraphClassification
 from qtx.experiments.graph_part import GRAPH_PART, GraphPart
+from qtx.experiments.plan import plan
 from qtx.experiments.run import evaluate, make_recipe, quantize, train_and_evaluate
 from qtx.experiments.setup import setup
 from qtx.methods.bittransgnn import graph_loss
@@ -57,7 +60,54 @@ def run(tiny_checkpoint, tiny_data, tmp_path_factory):
     (root / "data").mkdir()
     texts = write_corpus(root / "data")
     config = graph_config(tiny_checkpoint, tiny_data, root / "data")
+    config.bittransgnn.graph = str(root / "graphs")
     return config, root / "run", texts, train_and_evaluate(config, root / "run")
+
+
+def test_rows_of_a_sweep_share_their_graph(tmp_path):
+    config = get_config("bittransgnn", "mr+sweep")
+
+    def places(config):
+        return {trial.row.name: trial.run_config(tmp_path, 0, {}).bittransgnn.graph for trial in plan(config)}
+
+    shared = str(tmp_path.resolve() / "graphs")
+    found = places(config)
+    for name in ("static 1.58", "dynamic 1.58", "dynamic PFTQ 2.32", "distillation 1.58"):
+        assert found[name] == shared
+    assert not found["BitTransformer 1.58"] and not found["direct separation 1.58"]
+    assert places(get_config("bittransgnn", "mr+lambda"))["static 1.58"] == shared
+    config.bittransgnn.graph = "mine.npz"
+    assert places(config)["static 1.58"] == "mine.npz"
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("mr+static+dynamic", "asks for static and dynamic; name one method"),
+        ("mr+sweep+dynamic", "asks for sweep and dynamic"),
+        ("mr+lambda+analysis", "asks for lambda and analysis"),
+    ],
+)
+def test_an_argument_has_one_method(argument, named):
+    with pytest.raises(UserError, match=named):
+        get_config("bittransgnn", argument)
+
+
+def test_every_published_task_has_a_configuration():
+    published = ("20ng", "mr", "r8", "r52", "ohsumed", "cola", "mrpc", "stsb", "rte", "wnli")
+    assert {get_config("bittransgnn", name).task.lower() for name in published} == set(published)
+    metrics = {name: get_config("bittransgnn", f"{name}+sweep").sweep.metric for name in ("mr", "cola", "stsb")}
+    assert metrics == {"mr": "test_accuracy", "cola": "test_matthews", "stsb": "test_pearson"}
+    for name, metric in metrics.items():
+        assert metric.removeprefix("test_") in get_task(name).metrics
+
+
+def test_the_run_has_its_graph_and_weighted_f1_beside_the_score(run):
+    config, workdir, _, result = run
+    (shared,) = (workdir.parent / "graphs").iterdir()
+    assert shared.samefile(workdir / "graph.npz")
+    found = result["metrics"]["qat"]
+    assert {"weighted_f1", "test_weighted_f1"} < found.keys() and found["score"] == found["accuracy"]
 
 
 def test_smoke(run, tmp_path):
@@ -203,7 +253,25 @@ def test_test_documents_are_attached_to_an_inductive_graph(run, tmp_path):
     np.testing.assert_allclose(found["test"], values, atol=1e-5)
 
 
-def test_new_texts_are_classified_by_their_own_edges(run, tmp_path):
+def test_what_a_moved_model_says_of_itself(run, tmp_path):
+    _, workdir, *_ = run
+    shutil.copytree(workdir / "model", tmp_path / "run" / "model")
+    shutil.copy(workdir / "config.json", tmp_path / "run")
+    told: list[str] = []
+    graph, length = str(workdir / "graph.npz"), 16
+    Classifier.load(str(tmp_path / "run" / "model"), graph, length, told.append)
+    assert len(told) == 1 and "is not packed" in told[0]
+    (tmp_path / "run" / "config.json").write_text("[]")
+    found = Classifier.load(str(tmp_path / "run" / "model"), graph, length, told.append)
+    assert len(told) == 1 and found.columns == ("text",)  # which the graph says
+    (tmp_path / "run" / "model" / GRAPH_PART).unlink()
+    found = Classifier.load(str(tmp_path / "run" / "model"), "", length)
+    assert found.columns == ()
+    with pytest.raises(UserError, match="line 2 has 2 texts and line 1 one text"):
+        found([["good"], ["good", "bad"]])
+
+
+def test_new_texts_are_classified_by_their_own_edges(run, tmp_path, capsys):
     _, workdir, texts, _ = run
     classifier = Classifier.load(str(workdir / "quantized"), max_length=16)
     new = [[text] for text in texts[:7]]
@@ -216,8 +284,17 @@ def test_new_texts_are_classified_by_their_own_edges(run, tmp_path):
     classify_file(str(workdir / "model"), str(workdir / "graph.npz"), *files, 16, 4)
     lines = (tmp_path / "labels.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == labels
-    with pytest.raises(UserError, match="text 2 is empty"):
-        classifier([["good"], [" "]])
+    for rows, named in (
+        ([["good"], [" "]], "line 2 is empty"),
+        ([["good"], ["a film", "b"]], r"line 2 has 2 texts, but the model takes one text \(text\)"),
+        ([["good"], ["film"], ["@@@"]], "line 3 has no word left"),
+        ([], "no texts"),
+    ):
+        with pytest.raises(UserError, match=named):
+            classifier(rows)
+    assert "warning" in capsys.readouterr().err, "the float model is not what was evaluated"
+    classify_file(str(workdir / "quantized"), "", *files, 16, 4)
+    assert "warning" not in capsys.readouterr().err
     (tmp_path / "graph.npz").write_bytes((workdir / "graph.npz").read_bytes()[:-50])
     with pytest.raises(UserError, match="no whole graph"):
         Classifier.load(str(workdir / "model"), str(tmp_path / "graph.npz"), 16)
@@ -236,12 +313,28 @@ def test_new_texts_are_classified_by_their_own_edges(run, tmp_path):
         ({"task": "multi30k"}, "texts with labels"),
         ({"data.splits": "graphs"}, "'graph'"),
         ({"bittransgnn.refresh": "later"}, "time of refreshing"),
+        ({"bittransgnn.teacher": "/no/such"}, "for the method 'distillation'"),
+        ({"bittransgnn.method": "", "bittransgnn.mix": 7.0}, "must lie in"),
+        ({"phases.qat.losses": "ternarybert"}, "phases.qat.losses 'ternarybert' is for encoders alone"),
+        ({"phases.qat.metric": "weighted_f"}, "phases.qat.metric: .* did you mean 'weighted_f1'"),
+        ({"phases.qat.metric": "test_accuracy"}, "phases.qat.metric: "),
+        ({"model.fresh_head": False, "model.name": "all-MiniLM-L6-v2"}, "bittransgnn.py:mr\\+encoder first"),
     ],
 )
 def test_what_does_not_fit(run, tmp_path, fields, named):
     config = changed(run[0], fields, "test")
     with pytest.raises(UserError, match=named):
         train_and_evaluate(config, tmp_path)
+
+
+def test_what_does_nothing_without_a_method_is_said(run, capsys):
+    config = changed(run[0], {"bittransgnn.method": "", "bittransgnn.hidden_size": 256}, "test")
+    config.bittransgnn.update(graph="", mix=0.9)
+    setup(config)
+    assert "bittransgnn.mix does nothing" in capsys.readouterr().err
+    config.bittransgnn.mix = 0.5
+    setup(config)
+    assert not capsys.readouterr().err
 
 
 def test_a_damaged_graph_part(run, tmp_path):
