@@ -158,7 +158,9 @@ def plot(found: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -
                 axes.plot(np.arange(len(values)), values, "o-", color=color, markersize=4, linewidth=1.2, label=name)
         axes.set_title(quantity.replace("_", " "), fontsize=9, color=INK, loc="left")
         axes.locator_params(axis="x", integer=True)
-        axes.set_ylim(bottom=0)
+        highest = max((float(np.max(errors[quantity])) for errors in found.values() if quantity in errors), default=0.0)
+        # From zero, and with room above: errors that are all but the same would lie on the frame.
+        axes.set_ylim(0, 1.05 * highest if highest > 0 and np.isfinite(highest) else None)
     grid[0, 0].legend(frameon=False, fontsize=8)
     figure.supxlabel("layer of the student", fontsize=9, color=INK)
     figure.supylabel("mean squared error", fontsize=9, color=INK)

@@ -45,8 +45,7 @@ def embed(features: ArrayLike, method: Method = "tsne", seed: int = 0, perplexit
     values = np.asarray(features, np.float64)
     if method not in get_args(Method):
         raise UserError(f"unknown way to two dimensions {method!r}{near_misses(method, get_args(Method))}")
-    if values.ndim != 2 or min(values.shape) < 2 or not np.isfinite(values).all():
-        raise UserError(f"features of shape {values.shape}: give finite numbers, at least two rows of two")
+    _check(values)
     if method == "pca":
         return PCA(2, svd_solver="full").fit_transform(values)
     if method == "tsne":
@@ -60,6 +59,22 @@ def embed(features: ArrayLike, method: Method = "tsne", seed: int = 0, perplexit
             raise UserError("UMAP needs a package of its own: pip install umap-learn, or use 'tsne' or 'pca'") from None
         found = umap.UMAP(n_components=2, random_state=seed).fit_transform(values)
     return np.asarray(found, np.float64)
+
+
+def explained(features: ArrayLike) -> np.ndarray:
+    """Returns the shares of the variance of features `[N, D]` along both axes of `embed(features, "pca")`, float64 `[2]`.
+
+    Features that are all the same have none: 0 and 0. Raises a `UserError` as `embed` does.
+    """
+    values = np.asarray(features, np.float64)
+    _check(values)
+    whole = values.var(0).sum()
+    return embed(values, "pca").var(0) / whole if whole else np.zeros(2)
+
+
+def _check(values: np.ndarray) -> None:
+    if values.ndim != 2 or min(values.shape) < 2 or not np.isfinite(values).all():
+        raise UserError(f"features of shape {values.shape}: give finite numbers, at least two rows of two")
 
 
 def class_profiles(encoder: ArrayLike, graph: ArrayLike, kind: Profile = "mean") -> np.ndarray:
@@ -95,7 +110,11 @@ def _class_means(logits: np.ndarray) -> np.ndarray:
 
 
 def plot_points(
-    panels: Mapping[str, ArrayLike], labels: ArrayLike, path: str | Path, names: Sequence[str] = ()
+    panels: Mapping[str, ArrayLike],
+    labels: ArrayLike,
+    path: str | Path,
+    names: Sequence[str] = (),
+    shares: Mapping[str, ArrayLike] | None = None,
 ) -> None:
     """Draws points in the plane, coloured by class, as a PNG written atomically.
 
@@ -104,6 +123,7 @@ def plot_points(
       labels: class of each point, int `[N]`.
       path: of the PNG; its directories are made.
       names: of the classes; empty: their numbers.
+      shares: of the variance along both axes, from `explained`, by title, for the panels that have such axes.
 
     Raises:
       UserError: nothing to plot, or a number of points that is not that of the labels.
@@ -123,7 +143,7 @@ def plot_points(
         # In random order: classes drawn one after the other would hide each other.
         order = np.random.default_rng(0).permutation(len(classes))
         axes.scatter(*values[order].T, s=9, color=colors[classes[order]], alpha=0.8, linewidth=0)
-        _bare(axes, title)
+        _bare(axes, title, (shares or {}).get(title))
     for axes in list(grid.flat)[len(points) :]:
         axes.set_axis_off()
     marks = [Line2D([], [], marker="o", linestyle="", markersize=6, color=colors[i]) for i in found]
@@ -133,13 +153,14 @@ def plot_points(
     save_figure(figure, path)
 
 
-def plot_profiles(profiles: ArrayLike, path: str | Path, names: Sequence[str] = ()) -> None:
+def plot_profiles(profiles: ArrayLike, path: str | Path, names: Sequence[str] = (), kind: Profile = "mean") -> None:
     """Draws the principal components of class profiles: a square for the encoder, a circle for the graph, a colour a class.
 
     Args:
       profiles: from `class_profiles`, `[2 C, C]`.
       path: of the PNG, which is written atomically; its directories are made.
       names: of the classes; empty: their numbers.
+      kind: which ones they are, for the title.
     """
     plane = embed(profiles, "pca")
     count = len(plane) // 2
@@ -151,7 +172,8 @@ def plot_profiles(profiles: ArrayLike, path: str | Path, names: Sequence[str] = 
         axes.plot(*plane[[i, count + i]].T, color=colors[i], linewidth=0.8, alpha=0.5)
         text = names[i] if len(names) else str(i)
         axes.annotate(text, plane[i], (7, 4), textcoords="offset points", fontsize=8, color=INK)
-    _bare(axes, "principal components of class profiles")
+    what = {"mean": "mean logits of classes", "rsa": "distances between classes"}[kind]
+    _bare(axes, f"{what}, principal components", explained(profiles))
     marks = [
         Line2D([], [], marker=m, linestyle="", markersize=7, color=GREY, label=label)
         for m, label in (("s", "encoder"), ("o", "graph"))
@@ -160,9 +182,13 @@ def plot_profiles(profiles: ArrayLike, path: str | Path, names: Sequence[str] = 
     save_figure(figure, path)
 
 
-def _bare(axes: Any, title: str) -> None:
-    """The scale of such axes says nothing."""
+def _bare(axes: Any, title: str, shares: ArrayLike | None = None) -> None:
+    """The scale of such axes says nothing; of principal components, their shares of the variance do."""
     axes.set_title(title, fontsize=10, color=INK)
+    if shares is not None:
+        first, second = (f"component {i}: {share:.0%} of the variance" for i, share in enumerate(np.asarray(shares), 1))
+        axes.set_xlabel(first, fontsize=8, color=INK)
+        axes.set_ylabel(second, fontsize=8, color=INK)
     axes.set_xticks([])
     axes.set_yticks([])
 

@@ -55,5 +55,11 @@ def test_reports(tmp_path):
     }
     rows = layer_errors.table(found).rows
     assert rows[1] == ["ternary", 1, 0.2, 0.4] and rows[2] == ["ours", 0, 0.05, None]
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_errors, "save_figure", lambda figure, path: drawn.append(figure))
+        layer_errors.plot(found | {"flat": {"hidden_states": np.full(2, 5.6e-2)}}, tmp_path / "none.png")
+    highest = [axes.get_ylim()[1] for axes in drawn[0].axes]
+    np.testing.assert_allclose(highest, [0.2 * 1.05, 0.4 * 1.05])  # no line on the frame
     layer_errors.plot(found, tmp_path / "errors.png")
     assert image.imread(tmp_path / "errors.png").std() > 0

@@ -3,7 +3,8 @@ import sys
 import numpy as np
 import pytest
 
-from qtx.analysis.profiles import class_profiles, embed, plot_points, plot_profiles
+from qtx.analysis import profiles
+from qtx.analysis.profiles import class_profiles, embed, explained, plot_points, plot_profiles
 from qtx.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -63,6 +64,33 @@ def test_profiles_are_means_over_what_a_head_decides():
         class_profiles(encoder, graph, "meen")
     with pytest.raises(UserError, match="both heads"):
         class_profiles(encoder, graph[:, :2])
+
+
+def test_shares_of_the_variance():
+    points = RNG.normal(size=(400, 3)) * [3, 2, 1]
+    np.testing.assert_allclose(
+        explained(points), np.sort(np.linalg.eigvalsh(np.cov(points.T)))[:0:-1] / np.cov(points.T).trace()
+    )
+    np.testing.assert_array_equal(explained(np.ones((4, 3))), [0, 0])
+    with pytest.raises(UserError, match="finite"):
+        explained(np.ones((1, 3)))
+
+
+def test_axes_of_principal_components_say_what_they_explain(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(profiles, "save_figure", lambda figure, path: drawn.append(figure))
+    plane = {"pca": POINTS[:, :2], "tsne": POINTS[:, 1:]}
+    plot_points(plane, LABELS, "points.png", shares={"pca": [0.75, 0.2]})
+    pca, tsne = drawn[0].axes
+    assert (pca.get_xlabel(), pca.get_ylabel()) == (
+        "component 1: 75% of the variance",
+        "component 2: 20% of the variance",
+    )
+    assert not tsne.get_xlabel()
+    for kind in ("mean", "rsa"):
+        plot_profiles(class_profiles(POINTS, POINTS, kind), "profiles.png", kind=kind)
+    mean, rsa = (figure.axes[0] for figure in drawn[1:])
+    assert mean.get_title() != rsa.get_title() and "% of the variance" in mean.get_xlabel()
 
 
 def test_plots(tmp_path):
