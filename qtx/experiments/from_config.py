@@ -264,7 +264,8 @@ def _bit_policy(section: ConfigDict) -> Policy:
     for name, value in quantization().to_dict().items():
         if name not in own and given[name] != value:
             left = f"leave quant.{name} " + ("empty" if value in ("", {}) else f"at {value!r}")
-            raise UserError(f"quant.bit says which sites are quantized, and how: {left}")
+            instead = f" and set quant.bit.{name}" if name in bit else ""
+            raise UserError(f"quant.bit says which sites are quantized, and how: {left}{instead}")
     for name in ("states", "gcn_states"):
         if bit[name] not in (0, *STATES):
             takes = f"states={STATES[0]} to {STATES[-1]}, not {bit[name]}"
@@ -313,10 +314,8 @@ def _student_activations(section: ConfigDict) -> Spec | None:
             f"quant.student_activations is {section.student_activations!r}; choose from 'published', 'fields'"
         )
     if section.student_activations == "published":
-        # Their ranges are dynamic: to say so changes nothing, but is no mistake.
-        unread = [name for name in _OF_ACTIVATIONS if (name, section[name]) != ("activation_range", "dynamic")]
         reads = "a student reads it with quant.student_activations='fields' alone"
-        _refuse(section, unread, reads, "set that, or leave it")
+        _refuse(section, _OF_ACTIVATIONS, reads, "set that, or leave it")
         if section.activation_bits == 32:
             return None
         _check_bits("quant.activation_bits", section.activation_bits, ACTIVATIONS.scheme)

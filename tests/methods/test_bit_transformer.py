@@ -124,7 +124,10 @@ def test_configured_with_a_gcn():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(bit=dict(states=3), activation_bits=4), "leave quant.activation_bits at 8"),
+        (
+            dict(bit=dict(states=3), activation_bits=4),
+            "leave quant.activation_bits at 8 and set quant.bit.activation_bits",
+        ),
         (dict(bit=dict(states=3), weight_bits=4), "leave quant.weight_bits at None"),
         (dict(bit=dict(states=3), weight_granularity="channel"), "leave quant.weight_granularity at 'tensor'"),
         (dict(bit=dict(states=3), outlier_suppression="os"), "leave quant.outlier_suppression empty"),
