@@ -110,7 +110,7 @@ def base() -> ConfigDict:
                 if field not in ("method", "bits")
             },
             "evaluate_test": False,  # evaluations while training look at the test split, too; it never decides anything
-            "checkpoint_every": 500,  # steps; 0: only after each phase
+            "checkpoint_every": 500,  # steps; 0: at evaluations and after each phase alone
             "log_every": 20,
             "model_parallel": 1,  # devices per copy of the model
             "save_models": True,
@@ -284,6 +284,7 @@ def sweeping(**fields: Any) -> ConfigDict:
             "metric": "score",  # what the table shows
             "columns": "",  # axis that runs along the top of the table
             "mean": "mean",  # name of the column with the mean over those columns
+            "comparable": True,  # published scores with ours: False leaves out their difference, and the tables say so
             "orderings": (),  # claims: (row, relation, row); '>', '~' (near), '>=' (above or near)
             "near": 0.01,  # of the metric: what orderings take for equal
             "heartbeat": 60,  # seconds between signs of life; five times as long without one and a trial is given away
@@ -291,6 +292,13 @@ def sweeping(**fields: Any) -> ConfigDict:
         }
     )
     return changed(section, fields, "sweep")
+
+
+def defaults_of(config: ConfigDict) -> ConfigDict:
+    """Returns the default of every field of a configuration, also of phases that its file has added: what older runs had."""
+    found = base()
+    found.phases.update({name: phase() for name in config.phases if name not in found.phases})
+    return found
 
 
 def changed(config: ConfigDict, changes: Mapping[str, Any], what: str) -> ConfigDict:
@@ -343,6 +351,9 @@ def unknown_field(config: ConfigDict, name: str) -> str:
         if isinstance(section, ConfigDict) and not len(section):  # options, whose names are those of what they are for
             whole, rest = ".".join(name.split(".")[:number]), ".".join(name.split(".")[number:])
             return f"{whole} takes all its options at once: {whole}=\"{{'{rest}': ...}}\""
+        whole = ".".join(name.split(".")[:number])
+        if number and _holds_options(whole):  # the flags know no others, and a mapping would not reach them
+            return f"{whole} has {', '.join(section)} here, and gets no other option but in the config file or by a row"
         return f"there is no field {name!r}{near_misses(name, _names(config))}"
     return ""
 

@@ -29,7 +29,7 @@ from qtx.data.text_graph import (
 )
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import load_dataset
-from qtx.experiments.config import base
+from qtx.experiments.config import defaults_of
 from qtx.experiments.images import TASKS as IMAGES
 from qtx.experiments.translation import TASKS as TRANSLATION
 from qtx.train.logging import progress
@@ -152,7 +152,7 @@ def build(config: ConfigDict, workdir: str) -> TextGraph:
     start = time.monotonic()
     settings = settings_from(config.graph)
     if (Path(workdir) / "config.json").exists():
-        check_config(config, workdir, base())
+        check_config(config, workdir, defaults_of(config))
     corpus = corpus_from(config)
     path = Path(workdir) / GRAPH_FILE
     if path.exists():

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from qtx import models
 from qtx.data.parallel import FURTHER_TESTS
 from qtx.errors import UserError
-from qtx.experiments.config import base, phases_of
+from qtx.experiments.config import defaults_of, phases_of
 from qtx.experiments.experiment import LABELLED, VALIDATION, Experiment
 from qtx.experiments.from_config import evaluation_from, optimizer_from, policy_from, rounding_from, suppression_from
 from qtx.experiments.setup import setup
@@ -136,7 +136,7 @@ def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
     first = config.phases[config.recipe[0]]
     batches = experiment.batches("train", first.batch_size, shuffle=True, epochs=None, seed=config.seed)
     if (workdir / "checkpoints").is_dir() and (workdir / "config.json").is_file():
-        check_config(config, workdir, base())
+        check_config(config, workdir, defaults_of(config))
     save_config(config, workdir)
     found: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}

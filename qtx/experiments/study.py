@@ -30,7 +30,7 @@ import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
 
 from qtx.errors import UserError
-from qtx.experiments.config import base
+from qtx.experiments.config import defaults_of
 from qtx.experiments.plan import Outcome, Trial
 from qtx.train.report import config_record, first_difference
 
@@ -175,7 +175,7 @@ class Ledger:
             trial = next(trial for trial in trials if trial.name == name)
             if attempt.state == "new":
                 continue
-            if (found := first_difference(attempt.config, _record(trial), base())) is not None:
+            if (found := first_difference(attempt.config, _record(trial), defaults_of(trial.config))) is not None:
                 field, old, new = found
                 raise UserError(
                     f"{name} of this sweep has {field}={old!r}, not {new!r}; "
