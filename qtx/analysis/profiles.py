@@ -166,12 +166,12 @@ def plot_profiles(profiles: ArrayLike, path: str | Path, names: Sequence[str] = 
     count = len(plane) // 2
     colors = _colors(count)
     figure, ((axes,),) = new_figure(7.5, 5.5)
-    for start, marker, size in ((0, "s", 70), (count, "o", 85)):
+    for start, marker, size in ((0, "s", 150), (count, "o", 60)):  # a circle on its square hides it not
         axes.scatter(*plane[start : start + count].T, marker=marker, s=size, color=colors, edgecolor="white", zorder=3)
     for i in range(count):
         axes.plot(*plane[[i, count + i]].T, color=colors[i], linewidth=0.8, alpha=0.5)
         text = names[i] if len(names) else str(i)
-        axes.annotate(text, plane[i], (7, 4), textcoords="offset points", fontsize=8, color=INK)
+        axes.annotate(text, plane[i], (9, 6), textcoords="offset points", fontsize=8, color=INK)
     what = {"mean": "mean logits of classes", "rsa": "distances between classes"}[kind]
     _bare(axes, f"{what}, principal components", explained(profiles))
     marks = [
@@ -183,12 +183,13 @@ def plot_profiles(profiles: ArrayLike, path: str | Path, names: Sequence[str] = 
 
 
 def _bare(axes: Any, title: str, shares: ArrayLike | None = None) -> None:
-    """The scale of such axes says nothing; of principal components, their shares of the variance do."""
+    """The scale of such axes says nothing; principal components have the same one, and their shares of the variance."""
     axes.set_title(title, fontsize=10, color=INK)
     if shares is not None:
         first, second = (f"component {i}: {share:.0%} of the variance" for i, share in enumerate(np.asarray(shares), 1))
         axes.set_xlabel(first, fontsize=8, color=INK)
         axes.set_ylabel(second, fontsize=8, color=INK)
+        axes.set_aspect("equal", adjustable="datalim")  # else next to nothing would fill the height
     axes.set_xticks([])
     axes.set_yticks([])
 
