@@ -106,8 +106,8 @@ def _few_rows(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     pair = a, b
     while (rows := pair[0].shape[-2]) > 8 and (few := max(n for n in range(1, 9) if rows % n == 0)) > 1:
-        split = tuple(x.reshape(*x.shape[:-2], rows // few, few, x.shape[-1]) for x in pair)
-        pair = _add_up(split, (split[0].ndim - 2,))
+        a, b = (x.reshape(*x.shape[:-2], rows // few, few, x.shape[-1]) for x in pair)
+        pair = _add_up((a, b), (a.ndim - 2,))
     return pair
 
 
