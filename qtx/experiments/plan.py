@@ -29,12 +29,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from qtx.analysis.memory import totals, weight_memory
+from qtx.analysis.memory import Item, totals, weight_memory
 from qtx.errors import UserError, near_misses
 from qtx.experiments.compare import baseline, compare
 from qtx.experiments.config import changed
+from qtx.experiments.experiment import family_and_sizes
 from qtx.experiments.from_config import policy_from
 from qtx.experiments.run import evaluate, quantize, train_and_evaluate
+from qtx.experiments.setup import sites_of
+from qtx.models.checkpoints import abstract_params
 
 Outcome = dict[str, dict[str, float]]
 """Metrics by method; an entry that has one result calls it `''`."""
@@ -46,12 +49,27 @@ def _train(config: ConfigDict, workdir: Path) -> Outcome:
     last = config.phases[config.recipe[-1]]
     policy = policy_from(config.quant, experiment.pretrained.config.num_layers) if last.quantized else None
     weights = weight_memory(policy, experiment.sites(), result["params"])
-    return {"": result["metrics"][config.recipe[-1]] | {"weight_bytes": totals(weights)["stored"]}}
+    return {"": result["metrics"][config.recipe[-1]] | _sizes(totals(weights)["stored"], weights)}
 
 
 def _quantize(config: ConfigDict, workdir: Path) -> Outcome:
+    family, sizes = family_and_sizes(config.model)
+    policy = policy_from(config.quant, sizes.num_layers)
+    weights = weight_memory(policy, sites_of(config, family, sizes), abstract_params(family, sizes))
     result = quantize(config, workdir, compare=False)
-    return {"": result["quantized"] | {"weight_bytes": result["weight_bytes"]}}
+    return {"": result["quantized"] | _sizes(result["weight_bytes"], weights)}
+
+
+def _sizes(whole: float, weights: Iterable[Item]) -> dict[str, float]:
+    """Returns bytes of all weights, and of what is left without the tables of embeddings (and, where it is tied to one of
+    them, without the last layer): studies that leave tables in full precision count only the rest."""
+    tables = totals(item for item in weights if _is_table(item.name))["stored"]
+    return {"weight_bytes": whole, "weight_bytes_without_embeddings": whole - tables}
+
+
+def _is_table(name: str) -> bool:
+    *path, last = name.split("/")
+    return last == "table" and "embeddings" in path
 
 
 def _evaluate(config: ConfigDict, workdir: Path) -> Outcome:
@@ -170,6 +188,18 @@ class Trial:
     def start(self) -> str:
         """Group of the row whose model it starts from, or empty."""
         return self.sources.get(self.row.start, "")
+
+    @property
+    def start_trial(self) -> str:
+        """Name of the trial whose model its first run starts from, or empty."""
+        return str(self._run(self.row.start, self.seeds[0])) if self.row.start else ""
+
+    @property
+    def in_full_precision(self) -> bool:
+        """Whether it trains a model and quantizes nothing in any phase."""
+        phases = self.config.phases
+        quantized = any(phases[name].quantized for name in self.config.recipe if name in phases)
+        return self.row.entry == "train" and not quantized
 
     def needs(self) -> tuple[str, ...]:
         """Names of the trials that have to be done before."""

@@ -7,7 +7,8 @@ row, `along_lambda.png`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from qtx.analysis.tradeoffs import Series, plot_series
@@ -24,8 +25,9 @@ def plot_sweep(
 ) -> list[str]:
     """Writes `curves.png` and `accuracy_size.png`, or one of each for every point, where there is something to plot.
 
-    Curves are those of the first seed of each row that is done; samples of a search have none. Sizes need at least two
-    models that know theirs, an axis of numbers at least three.
+    Curves are those of the first seed of each row that is done; samples of a search have none. A row that starts from
+    another on the same task is drawn from where that one ended. Sizes need at least two models that know theirs, and are
+    those without embeddings if all of them know these; an axis of numbers needs at least three values.
 
     Args:
       trials: of the sweep.
@@ -35,11 +37,14 @@ def plot_sweep(
       workdir: of the sweep.
 
     Returns:
-      A line for each run that trained but has no curves to read.
+      A line for each run that trained but has no curves to read, or is not drawn from where it began.
     """
     left_out: list[str] = []
     runs: dict[str, dict[str, Table]] = {}
+    before: dict[str, dict[str, float]] = {}
     one_row = len({trial.row.name for trial in trials}) == 1
+    by_name = {trial.name: trial for trial in trials}
+    read = functools.cache(lambda name: load_curves(workdir / name / "curves.csv"))
     seen: set[str] = set()
     for trial in trials:
         trained = trial.row.entry in ("train", "compare") and attempts[trial.name].state == "done"
@@ -47,27 +52,62 @@ def plot_sweep(
             continue
         seen.add(trial.group)
         try:
-            curves = load_curves(workdir / trial.name / "curves.csv")
+            curves = read(trial.name)
         except UserError as error:
             left_out.append(f"no curves of {trial.name}: {error}")
             continue
         if curves.rows:
             figure, label = _place(one_row, trial.point, trial.row.name)
             runs.setdefault(figure, {})[label or trial.name] = curves
-    sizes: dict[str, list[tuple[str, float, float]]] = {}
+            try:
+                before.setdefault(figure, {})[label or trial.name] = _epochs_before(trial, by_name, read)
+            except UserError as error:
+                left_out.append(f"{trial.name} is drawn from epoch 0 on, not from where its start ended: {error}")
+    for figure, found in runs.items():
+        plot_runs(found, workdir / f"curves{figure}.png", before=before.get(figure))
+    sized: dict[str, list[tuple[str, Cell]]] = {}
     for cell in cells:
         if cell.mebibytes and cell.median is not None:
             figure, label = _place(one_row, cell.point, cell.row)
-            sizes.setdefault(figure, []).append((label, cell.mebibytes * 2**20, cell.median))
-    for figure, found in runs.items():
-        plot_runs(found, workdir / f"curves{figure}.png")
-    for figure, points in sizes.items():
-        if len(points) > 1:
-            plot_accuracy_against_size(points, workdir / f"accuracy_size{figure}.png", ylabel=metric)
+            sized.setdefault(figure, []).append((label, cell))
+    for figure, models in sized.items():
+        if len(models) > 1:
+            _plot_sizes(models, workdir / f"accuracy_size{figure}.png", metric)
     for axis in cells[0].labels if cells else ():
         for figure, lines in _along(cells, axis, one_row).items():
             plot_series(lines, workdir / figure, xlabel=axis.rpartition(".")[-1], ylabel=metric)
     return left_out
+
+
+def _epochs_before(trial: Trial, by_name: Mapping[str, Trial], read: Callable[[str], Table]) -> float:
+    """Returns for how many epochs the model that a trial starts from was trained in this sweep, its own start included.
+
+    Those on another task do not count: their epochs are others. Raises a `UserError` if its curves cannot be read.
+    """
+    source = by_name.get(trial.start_trial)
+    if source is None or source.config.task != trial.config.task:
+        return 0.0
+    own = max((row[2] for row in read(source.name).rows), default=0.0)
+    return own + _epochs_before(source, by_name, read)
+
+
+def _plot_sizes(models: Sequence[tuple[str, Cell]], path: Path, metric: str) -> None:
+    """Draws scores against sizes without embeddings, if all models know theirs: sizes of two kinds do not compare."""
+    rest = all(cell.without_embeddings for _, cell in models)
+
+    def point(label: str, cell: Cell) -> tuple[str, float, float]:
+        size = cell.without_embeddings if rest else cell.mebibytes
+        assert size is not None and cell.median is not None  # or it would not be among the models
+        return label, size * 2**20, cell.median
+
+    references = [label for label, cell in models if cell.full_precision]
+    plot_accuracy_against_size(
+        [point(*model) for model in models],
+        path,
+        ylabel=metric,
+        full_precision=references[0] if len(references) == 1 else None,
+        xlabel=f"weights{' without embeddings' if rest else ''}",
+    )
 
 
 def _along(cells: Sequence[Cell], axis: str, one_row: bool) -> dict[str, dict[str, Series]]:

@@ -31,6 +31,9 @@ class Cell:
       published: what a paper reports.
       mebibytes: of the weights; None if the entry does not say.
       point: on the grid, as in the paths of its runs.
+      without_embeddings: MiB of the weights but for the tables of embeddings; None if the entry does not say, or did not when
+        the trials were run.
+      full_precision: whether it is the model in full precision that others at its point are held against.
     """
 
     labels: Mapping[str, str]
@@ -40,6 +43,8 @@ class Cell:
     published: float | None = None
     mebibytes: float | None = None
     point: str = ""
+    without_embeddings: float | None = None
+    full_precision: bool = False
 
     @property
     def median(self) -> float | None:
@@ -159,6 +164,7 @@ def _cells(trials: Sequence[Trial], attempts: Mapping[str, Attempt], section: Co
         by_group.setdefault(trial.group, []).append(trial)
         by_row.setdefault(trial.row.name, []).append(trial)
     methods = {row: _methods(members, attempts) for row, members in by_row.items()}
+    references = _references([members[0] for members in by_group.values()], section)
     cells = []
     for members in by_group.values():
         first = members[0]
@@ -166,12 +172,47 @@ def _cells(trials: Sequence[Trial], attempts: Mapping[str, Attempt], section: Co
         published = next((first.row.published[x] for x in first.labels.values() if x in first.row.published), None)
         for method in methods[first.row.name]:
             found = {seed: out[method] for seed, out in sorted(results.items()) if method in out}
-            sizes = [values["weight_bytes"] / 2**20 for values in found.values() if "weight_bytes" in values]
             scores = {seed: values[section.metric] for seed, values in found.items() if section.metric in values}
             name = ": ".join(filter(None, (first.row.name, method)))
-            size = statistics.median(sizes) if sizes else None
-            cells.append(Cell(first.labels, name, scores, len(members), published, size, first.point))
+            whole, rest = (_mebibytes(found, bytes_) for bytes_ in ("weight_bytes", "weight_bytes_without_embeddings"))
+            reference = first.group in references
+            labels, planned = first.labels, len(members)
+            cells.append(Cell(labels, name, scores, planned, published, whole, first.point, rest, reference))
     return cells
+
+
+def _mebibytes(found: Mapping[int, Mapping[str, float]], name: str) -> float | None:
+    """Returns the median over the seeds that have such a size; None without any."""
+    sizes = [values[name] / 2**20 for values in found.values() if name in values]
+    return statistics.median(sizes) if sizes else None
+
+
+def _references(trials: Sequence[Trial], section: ConfigDict) -> set[str]:
+    """Returns, for each point, the group of the trials that the others there are held against, if it is clear which one is.
+
+    Of those that quantize nothing it is one that claims of the sweep are about, if they are about any. One that others of
+    them go on from is only the beginning of a model in full precision; and one that is the start of quantized rows alone
+    counts only if there is no other, such as a first epoch beside the whole training.
+
+    Args:
+      trials: one of each group.
+      section: `sweep` of the configuration.
+    """
+    claimed = {name for first, _, second in section.orderings for name in (first, second)}
+    starts = {trial.start for trial in trials}
+    by_point: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if trial.in_full_precision:
+            by_point.setdefault(trial.point, []).append(trial)
+    chosen = set()
+    for found in by_point.values():
+        found = [trial for trial in found if trial.row.name in claimed] or found
+        begun = {trial.start for trial in found}
+        found = [trial for trial in found if trial.group not in begun] or found
+        found = [trial for trial in found if trial.group not in starts] or found
+        if len(found) == 1:
+            chosen.add(found[0].group)
+    return chosen
 
 
 def _lines(cells: Sequence[Cell], section: ConfigDict) -> dict[tuple, dict[str, Cell]]:
@@ -202,13 +243,19 @@ def _table(cells: Sequence[Cell], section: ConfigDict) -> Table:
         rows.append([*key, *values, *([_mean(line, columns)] if means else [])])
         if published:
             rows[-1].append(published.get(key[-1]))
-    means += [f"published {section.mean}"] if published else []
+    means += [_published(section, section.mean)] if published else []
     return Table(
         [*axes, "row", *columns, *means],
         rows,
         formats={name: ".4f" for name in means},
         title=f"{section.metric}: median over seeds (lowest to highest, number of seeds)",
     )
+
+
+def _published(section: ConfigDict, mean: str = "") -> str:
+    """Returns the head of a column of published scores."""
+    known = section.get("comparable", True)  # configurations from before there was the field
+    return " ".join(filter(None, ("published", mean, "" if known else "(not comparable)")))
 
 
 def _published_means(section: ConfigDict) -> dict[str, float]:
@@ -221,16 +268,17 @@ def _list(cells: Sequence[Cell], section: ConfigDict) -> Table:
     rows: list[list[Any]] = []
 
     def add(
-        labels: Sequence[str], row: str, median: float | None, scores: Mapping[int, float], published, size
+        labels: Sequence[str], row: str, median: float | None, scores: Mapping[int, float], published, whole, rest
     ) -> None:
         spread = [min(scores.values()), max(scores.values())] if scores else [None, None]
         seeds = ", ".join(f"{seed}: {score:.4f}" for seed, score in scores.items())
-        difference = None if median is None or published is None else median - published
-        rows.append([*labels, row, median, *spread, len(scores), seeds, published, difference, size])
+        comparable = section.get("comparable", True)
+        difference = median - published if comparable and None not in (median, published) else None
+        rows.append([*labels, row, median, *spread, len(scores), seeds, published, difference, whole, rest])
 
     for cell in cells:
         labels = [cell.labels[axis] for axis in axes]
-        add(labels, cell.row, cell.median, cell.scores, cell.published, cell.mebibytes)
+        add(labels, cell.row, cell.median, cell.scores, cell.published, cell.mebibytes, cell.without_embeddings)
     if section.columns:
         lines = _lines(cells, section)
         columns = list(dict.fromkeys(column for line in lines.values() for column in line))
@@ -238,11 +286,13 @@ def _list(cells: Sequence[Cell], section: ConfigDict) -> Table:
         for line in lines.values() if len(columns) > 1 else ():
             some = next(iter(line.values()))
             labels = [section.mean if axis == section.columns else some.labels[axis] for axis in axes]
-            add(labels, some.row, _mean(line, columns), {}, published.get(some.row), None)
-    columns = [*axes, "row", "median", "min", "max", "n", "seeds", "published", "difference", "MiB of weights"]
-    formats = {name: ".4f" for name in ("median", "min", "max", "published", "difference")} | {"MiB of weights": ".2f"}
+            add(labels, some.row, _mean(line, columns), {}, published.get(some.row), None, None)
+    scores, sizes = ["median", "min", "max"], ["MiB of weights", "without embeddings"]
+    known = [_published(section), "difference", *sizes]
+    columns = [*axes, "row", *scores, "n", "seeds", *known]
+    formats = dict.fromkeys([*scores, *known], ".4f") | dict(zip(sizes, (".2f", ".3f"), strict=True))
     # What no row knows has no column.
-    empty = [i for i, name in enumerate(columns) if name in columns[-3:] and all(row[i] is None for row in rows)]
+    empty = [i for i, name in enumerate(columns) if name in known and all(row[i] is None for row in rows)]
     kept = [i for i in range(len(columns)) if i not in empty]
     names = [columns[i] for i in kept]
     shown = {name: text for name, text in formats.items() if name in names}

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from qtx.errors import UserError
 from qtx.experiments import compare, plan, study, sweep
 from qtx.experiments.classification import Classification
-from qtx.experiments.config import base, changed, sweeping
+from qtx.experiments.config import base, changed, phase, sweeping
 from qtx.experiments.from_config import policy_from
 from qtx.experiments.plan import ENTRIES, parse_axis, parse_range, parse_seeds
 from qtx.experiments.run import quantize
@@ -238,11 +238,16 @@ def test_claims_about_rows_are_looked_at_where_both_are_known(runs, tmp_path):
 
 
 def test_a_sweep_from_before_a_field_goes_on(runs, tmp_path, monkeypatch):
-    newer = base
+    plain = base
+
+    def newer():
+        config = plain()
+        config.phases.added = phase()
+        return config
 
     def older():
         config = newer()
-        del config.model.amplify, config.data.flip
+        del config.model.amplify, config.data.flip, config.phases.added.share
         return config
 
     monkeypatch.setitem(globals(), "base", older)
@@ -442,6 +447,33 @@ def test_medians_spread_seeds_and_what_is_missing(runs, tmp_path):
     assert rows["mrpc", "low"]["median"] == "" and rows["mrpc", "low"]["published"] == ""
 
 
+def test_published_scores_that_do_not_compare(runs, tmp_path):
+    config = tiny_sweep()
+    with config.unlocked():
+        del config.sweep["comparable"]  # a configuration from before there was the field
+    old = sweep.sweep(config, tmp_path)
+    assert "difference" in cells(tmp_path)[0] and old.table.columns[-1] == "published mean"
+    report = sweep.sweep(tiny_sweep(comparable=False), tmp_path, report_only=True)
+    assert report.table.columns[-1] == "published mean (not comparable)" and report.table.rows[0][-1] == 0.7
+    row = cells(tmp_path)[0]
+    assert row["published (not comparable)"] == "0.6" and "difference" not in row and "published" not in row
+    assert "without embeddings" not in row, "trials from before it was recorded"
+
+
+def test_sizes_with_and_without_embeddings(runs, tmp_path, monkeypatch):
+    def entry(config, workdir):
+        (workdir / "model").mkdir(parents=True)
+        more = {"weight_bytes_without_embeddings": 2**19} if config.seed > 1 else {}  # the first one is older
+        return {"": {"score": 0.5, "weight_bytes": 2**20, **more}}
+
+    monkeypatch.setitem(ENTRIES, "train", entry)
+    report = sweep.sweep(tiny_sweep(), tmp_path)
+    full, low = cells(tmp_path)[:2]
+    assert [float(full[name]) for name in ("MiB of weights", "without embeddings")] == [1.0, 0.5]
+    assert float(low["MiB of weights"]) == 1.0 and low["without embeddings"] == ""
+    assert report.cells.formats["without embeddings"] == ".3f"
+
+
 def test_an_entry_with_several_methods_has_a_line_for_each(tmp_path, monkeypatch):
     rows = [compare.Row(method, "8", "8", score, 0.0, 1, 1.0) for method, score in (("naive", 0.5), ("PEG", 0.75))]
     monkeypatch.setattr(plan, "compare", lambda config, workdir: rows)
@@ -575,6 +607,12 @@ def test_full_precision_ptq_and_qat_from_one_model_that_was_interrupted(tiny_con
     sizes = [float(row["MiB of weights"]) for row in cells(tmp_path)]
     assert 0 < sizes[2] < sizes[1] < sizes[0] < 1  # 4, 8 and 32 bits
     assert sizes[0] == 4 * sum(leaf.size for leaf in load_leaves(tmp_path / "FP32/seed_7/model")) / 2**20
+    rest = [float(row["without embeddings"]) for row in cells(tmp_path)]
+    assert 0 < rest[2] < rest[1] < rest[0]
+    full, *quantized = (whole - without for whole, without in zip(sizes, rest, strict=True))
+    assert [full / tables for tables in quantized] == pytest.approx(
+        [4, 8], rel=0.05
+    )  # of tables: bits and scales alone
     for name in ("curves.png", "accuracy_size.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         (tmp_path / name).unlink()
