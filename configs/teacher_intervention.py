@@ -22,8 +22,8 @@ batches of 32 (CoLA: 16). Expected of `cola` (Matthews, one seed): full precisio
 0.22, distilled 0.23, in a quarter of the steps ternarybert 0.13 and gradual 0.11 (that with the 120 first steps whole, where
 now they are 30); the rest was not run.
 
-`smoke` needs no trained model: it fine-tunes for eight steps, then trains `ternary` for as many. `smoke+sweep` is a sweep of
-full precision and `gradual`, which begins with its model. They take two and four minutes of CPU time.
+`smoke` needs no trained model: it fine-tunes for nine steps, then trains `ternary` for as many. `smoke+sweep` is a sweep of
+full precision and `gradual`, which begins with its model. They take some minutes of CPU time.
 """
 
 from collections.abc import Iterable
