@@ -12,14 +12,17 @@ Papers count the weights in two ways, and neither counts scales (Bondarenko et a
 
 What a model takes while it runs has no single number either; `run_time_table` puts these side by side:
 
-    activations         every site once, at its bits, as if all of them were kept at the same time
+    activations         every tensor once, at its bits, as if all of them were kept at the same time
+    peak of activations the most that is alive at the same time, see `qtx.analysis.live_memory`
     published counter   of the AG_NEWS study: some of the sites
-    temporary, output   what XLA reserves for the compiled program, beside its arguments (the parameters)
+    arguments           parameters, ranges and inputs: as counted from their shapes, and as XLA says
+    temporary, output   what XLA reserves for the compiled program, beside its arguments
+    in all              arguments, temporary and output: what the program holds at its peak
 
-A program reuses a buffer when its tensor is no longer needed, and by fusion many tensors never get one: a forward pass
+A program reuses a buffer when its tensor is no longer needed, and by fusion some tensors never get one: a forward pass
 takes less than the sum of its sites. A backward pass keeps what its gradients need, and returns a gradient for each
 parameter. Fake quantization computes in float32: grids save nothing at run time here, and the weights on their grids are
-buffers of the program, in which full precision has its arguments alone. What integer kernels would take is the sum at its
+buffers of the program, in which full precision has its arguments alone. What integer kernels would take is the peak at its
 bits. The figures of XLA depend on backend and version.
 """
 
@@ -87,7 +90,8 @@ def _bits(spec: Spec | None) -> float:
     return 32 if spec is None else spec.storage_bits
 
 
-def _payload(spec: Spec | None, count: int) -> int:
+def payload(spec: Spec | None, count: int) -> int:
+    """Returns the bytes of so many packed values on a grid; None: in full precision."""
     if spec is not None and spec.is_ternary:
         return trits_size(count)
     return packed_size(count, math.ceil(_bits(spec)))
@@ -113,7 +117,7 @@ def weight_memory(policy: Policy | None, sites: Mapping[str, SiteInfo], params: 
         zero_point = 0
         if spec is not None and spec.has_zero_point:
             zero_point = 4 if spec.scheme != "asymmetric" else 1 if spec.bits <= 8 else 2
-        items.append(Item(name, count, _bits(spec), plain, _payload(spec, count), 4 * ranges, zero_point * ranges))
+        items.append(Item(name, count, _bits(spec), plain, payload(spec, count), 4 * ranges, zero_point * ranges))
     return tuple(items)
 
 
@@ -146,7 +150,7 @@ def activation_memory(policy: Policy | None, sites: Mapping[str, SiteInfo]) -> t
 
 
 def input_memory(policy: Policy | None, sites: Mapping[str, SiteInfo]) -> tuple[Item, ...]:
-    """Returns an item for every input of a linear layer that a policy quantizes, as `activation_memory` does.
+    """Returns an item for every input of a product that a policy quantizes, as `activation_memory` does.
 
     What several layers read, such as query, key and value, is counted for each of them; and most inputs are activations
     of another name. So they are not to be added to those.
@@ -161,27 +165,50 @@ def input_memory(policy: Policy | None, sites: Mapping[str, SiteInfo]) -> tuple[
 
 def _value(policy: Policy | None, name: str, info: SiteInfo) -> Item:
     spec, count = _spec(policy, info.kind, name, info), math.prod(info.shape)
-    return Item(name, count, _bits(spec), _bits(spec), _payload(spec, count))
+    return Item(name, count, _bits(spec), _bits(spec), payload(spec, count))
 
 
 def program_memory(program: Callable[..., Any], *args: Any) -> dict[str, int]:
-    """Compiles a function and returns the bytes of its `temporary` buffers and of its `output`, by XLA's own account.
+    """Compiles a function and returns the bytes that it takes, by XLA's own account.
 
     Args:
       program: a pure function of arrays.
       *args: arrays or `jax.ShapeDtypeStruct`s.
 
     Returns:
-      An empty dict where the backend has no such account.
+      Bytes of its `arguments` (all of them, used or not), of its `temporary` buffers, which are one block as large as their own
+      peak, and of its `output`; of these `in all`, less what shares a buffer; and `peak`, XLA's own figure, where there is
+      one. On CPU `peak` leaves the temporary buffers out (jaxlib 0.10: it is arguments, constants and output), so `in all` is
+      what to compare with. An empty dict where the backend has no such account.
     """
-    compiled = jax.jit(program).lower(*args).compile()
+    # An argument that is not used is there all the same: without `keep_unused` XLA would not see it.
+    compiled = jax.jit(program, keep_unused=True).lower(*args).compile()
     try:
         found = compiled.memory_analysis()
     except (NotImplementedError, jax.errors.JaxRuntimeError):  # of backends that cannot tell
         return {}
     if found is None:
         return {}
-    return {"temporary": int(found.temp_size_in_bytes), "output": int(found.output_size_in_bytes)}
+    sizes = {
+        "arguments": int(found.argument_size_in_bytes),
+        "temporary": int(found.temp_size_in_bytes),
+        "output": int(found.output_size_in_bytes),
+    }
+    sizes["in all"] = sum(sizes.values()) - int(found.alias_size_in_bytes)
+    peak = getattr(found, "peak_memory_in_bytes", None)  # not in every version of jaxlib
+    return sizes if peak is None else sizes | {"peak": int(peak)}
+
+
+def argument_bytes(model: nn.Module, params: Mapping[str, Any], *args: Any) -> int:
+    """Returns the bytes of what a compiled forward pass is given: parameters, ranges and inputs, as they are in memory.
+
+    Args:
+      model: with or without a policy.
+      params: nested parameters, or their shapes.
+      *args: what the model is called with, or the shapes.
+    """
+    ranges = abstract_ranges(model, params, *args) if getattr(model, "policy", None) is not None else {}
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, ranges, args)))
 
 
 def abstract_ranges(model: nn.Module, params: Mapping[str, Any], *args: Any) -> dict[str, Any]:
@@ -242,6 +269,8 @@ def run_time_table(
     activations: Iterable[Item],
     inputs: Iterable[Item] = (),
     programs: Mapping[str, Mapping[str, Mapping[str, int]]] | None = None,
+    peaks: tuple[float, float] | None = None,
+    arguments: tuple[float, float] | None = None,
 ) -> Table:
     """Returns the memory of a run by every count, in full precision and quantized, and says what each of them is.
 
@@ -249,9 +278,12 @@ def run_time_table(
       config: sizes of the model.
       batch: examples.
       tokens: length of an example.
-      activations: from `activation_memory`, for the same batch and length.
+      activations: from `qtx.analysis.live_memory.tensor_memory` (or `activation_memory`: what inputs of products save is not in
+        it), for the same batch and length.
       inputs: from `input_memory`, likewise.
       programs: from `model_memory`, under `full precision` and `quantized`.
+      peaks: bytes from `qtx.analysis.live_memory.peak`, in full precision and quantized.
+      arguments: bytes from `argument_bytes`, likewise.
     """
     activations, inputs = tuple(activations), tuple(inputs)
 
@@ -259,7 +291,9 @@ def run_time_table(
         found = totals(items)
         return [found["float32"], found["stored"]]
 
-    rows: list[list[Any]] = [["activations", *sites(activations), "all sites, each at its bits"]]
+    rows: list[list[Any]] = [["activations", *sites(activations), "every one once, at the bits that are needed of it"]]
+    if peaks is not None:
+        rows.append(["peak of activations", *peaks, "most that is alive at the same time, at its bits"])
     if inputs:
         rows.append(["inputs of products", *sites(inputs), "those that are quantized, for each layer that reads them"])
     if isinstance(config, BertConfig):  # the counter knows encoders alone
@@ -268,7 +302,15 @@ def run_time_table(
         counted = elements * bits.pop() / 8 if len(bits) == 1 else None
         note = f"{elements:,d} values at the bits of quantized sites"
         rows.append(["published counter", 4 * elements, counted, note])
-    notes = {"temporary": "buffers that XLA reserves beside the arguments", "output": "what the program returns"}
+    if arguments is not None:
+        rows.append(["arguments", *arguments, "parameters, ranges and inputs, from their shapes"])
+    notes = {
+        "arguments": "the same, as XLA says",
+        "temporary": "buffers that XLA reserves beside the arguments, float32",
+        "output": "what the program returns",
+        "in all": "these three",
+        "peak": "XLA's own figure; on CPU without temporary buffers",
+    }
     full, quantized = ((programs or {}).get(name, {}) for name in ("full precision", "quantized"))
     for program in dict.fromkeys([*full, *quantized]):
         for what, note in notes.items():

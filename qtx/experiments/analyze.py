@@ -8,7 +8,8 @@ the loss after their last model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from qtx.analysis import memory, outliers, sensitivity, weights
+from qtx.analysis import live_memory, memory, outliers, sensitivity, weights
 from qtx.errors import UserError, near_misses
 from qtx.experiments.analyze_features import features
 from qtx.experiments.analyze_loss import Part, curvature_part, landscape_part, layer_errors_part
 from qtx.experiments.classification import Classification
-from qtx.experiments.config import base
+from qtx.experiments.config import analysis, defaults_of
 from qtx.experiments.efficiency import efficiency
 from qtx.experiments.experiment import VALIDATION
 from qtx.experiments.run import calibration_options, policy_to_apply
@@ -34,17 +35,44 @@ from qtx.quant.policy import Policy
 from qtx.train.report import Table, check_config, save_config
 
 _WHY_THEY_DIFFER = (
-    "The sites are counted as if all were kept; a compiled program reuses buffers and fuses operations, so that many tensors "
-    "never exist. Fake quantization computes in float32 and puts the weights on their grids within the program, so its buffers "
-    "are more, not less: on hardware with integer kernels it is the sum of the sites that shrinks."
+    "The first row counts tensors as if all were kept, the second those that are alive at the same time, without what lies "
+    "between two sites. XLA's temporary buffers hold that, too, but it may write one tensor over another. Fake quantization "
+    "computes in float32 and puts the weights on their grids within the program, so its buffers are more, not less: with "
+    "integer kernels it is the peak that shrinks."
 )
+_AT_EACH_WIDTH = (
+    "At each width, by the sites: all that the policy puts on a grid has so many bits. `of float32` is without embeddings and "
+    "ranges, `plain` with biases at the bits of their layer; `with every site`: were all activations on grids."
+)
+DEFAULT_ANALYSES = ("weights", "memory")  # those that need no choice of sites, and no evaluation
+
+
+def with_analyses(config: ConfigDict, analyses: tuple[str, ...] = DEFAULT_ANALYSES) -> ConfigDict:
+    """Returns a configuration with the sections that analyses need: itself, or a copy if it lacks them.
+
+    An experiment that trains says nothing of analyses, and gives the model a fresh head; the copy takes the head as it is.
+
+    Args:
+      config: of any experiment.
+      analyses: of the copy.
+    """
+    if "analyses" in config and "analysis" in config:
+        return config
+    found = copy.deepcopy(config)
+    with found.unlocked():
+        if "analyses" not in found:
+            found.analyses, found.model.fresh_head = analyses, False
+        if "analysis" not in found:
+            found.analysis = analysis()
+            found.analysis.memory.bits = live_memory.WIDTHS
+    return found
 
 
 def analyze(config: ConfigDict, workdir: str | Path) -> str:
     """Runs the analyses of a configuration on a trained checkpoint.
 
     Args:
-      config: with `analyses` and `analysis`; see `configs/analyze.py`.
+      config: with `analyses` and `analysis`, see `configs/analyze.py`; of any other experiment, the weights and memory.
       workdir: run directory.
 
     Returns:
@@ -54,6 +82,12 @@ def analyze(config: ConfigDict, workdir: str | Path) -> str:
       UserError: on anything that does not fit, before the first analysis starts.
     """
     workdir = Path(workdir)
+    if "analyses" not in config:
+        print(
+            f"the config names no analyses: {' and '.join(DEFAULT_ANALYSES)} are done; "
+            "--config=configs/analyze.py:FILE.py:SETTING has fields for others"
+        )
+    config = with_analyses(config)
     if not config.analyses:
         raise UserError(f"no analyses to do; choose from {', '.join(ANALYSES)}")
     for name in config.analyses:
@@ -65,7 +99,7 @@ def analyze(config: ConfigDict, workdir: str | Path) -> str:
     policy = policy_to_apply(experiment)
     parts = {name: ANALYSES[name](experiment, policy) for name in config.analyses}
     if (workdir / "config.json").is_file():
-        check_config(config, workdir, base())
+        check_config(config, workdir, defaults_of(config))
     save_config(config, workdir)
     lines = [f"# {config.model.name} on {experiment.task.name}"]
     for name, part in parts.items():
@@ -188,34 +222,64 @@ def _memory(experiment: Classification, policy: Policy) -> Part:
             f"analysis.memory: {c.batch_size} x {c.tokens} tokens; give 1 to {most} tokens of at least 1 text"
         )
     tokens = c.tokens if most is not None else model_sizes.tokens  # type: ignore[union-attr]
+    widths = tuple(c.get("bits", live_memory.WIDTHS))
+    if not widths or not all(isinstance(bits, int) and (1 <= bits <= 16 or bits == 32) for bits in widths):
+        raise UserError(f"analysis.memory.bits is {widths}; give widths of 1 to 16 bits, or 32")
 
     def run(workdir: Path) -> list[str | Table]:
         examples = example_inputs(experiment.model, model_sizes, tokens)
         args = [jax.ShapeDtypeStruct((c.batch_size, *each.shape[1:]), each.dtype) for each in examples]
-        sites = experiment.sites(*args)
-        parameters = memory.weight_memory(policy, sites, experiment.pretrained.params)
-        ranges = memory.range_memory(policy, sites)
-        activations, inputs = memory.activation_memory(policy, sites), memory.input_memory(policy, sites)
-        for name, items in (("memory_weights", parameters + ranges), ("memory_activations", activations + inputs)):
-            memory.sites_table(items).save(workdir, name)
-        blocks: list[str | Table] = [memory.totals_table(parameters + ranges)]
-        blocks[0].save(workdir, "memory")  # type: ignore[union-attr]
+        params = experiment.pretrained.params
+        models = {"full precision": experiment.model, "quantized": experiment.model.clone(policy=policy)}
+        sites, tensors = experiment.sites(*args), live_memory.tensors(experiment.model, params, *args)
+        parameters, ranges = memory.weight_memory(policy, sites, params), memory.range_memory(policy, sites)
+        items, inputs = live_memory.tensor_memory(policy, tensors), memory.input_memory(policy, sites)
         programs = {}
         if c.compiled:
-            models = {"full precision": experiment.model, "quantized": experiment.model.clone(policy=policy)}
-            programs = {
-                name: memory.model_memory(model, experiment.pretrained.params, *args) for name, model in models.items()
-            }
-        running = memory.run_time_table(model_sizes, c.batch_size, tokens, activations, inputs, programs)
-        running.save(workdir, "memory_run")
-        blocks += [f"While it runs, {c.batch_size} x {tokens} tokens:", running, _WHY_THEY_DIFFER]
-        rows = [[bits, *memory.share(activations, bits)] for bits in sorted({item.bits for item in activations})]
-        columns = ["bits of activations", "of values", "of tensors"]
-        blocks.append(Table(columns, rows, {"of values": ".1%", "of tensors": ".1%"}))
-        blocks.append("By site: memory_weights.md, memory_activations.md.")
-        return blocks
+            programs = {name: memory.model_memory(model, params, *args) for name, model in models.items()}
+        plain, quantized = (live_memory.peak(tensors, of) for of in (live_memory.tensor_memory(None, tensors), items))
+        full_arguments, arguments = (memory.argument_bytes(model, params, *args) for model in models.values())
+        tables = {
+            "memory": memory.totals_table(parameters + ranges),
+            "memory_widths": live_memory.widths_table(widths, parameters, tensors, items, programs),
+            "memory_run": memory.run_time_table(
+                model_sizes,
+                c.batch_size,
+                tokens,
+                items,
+                inputs,
+                programs,
+                peaks=(plain[0], quantized[0]),
+                arguments=(full_arguments, arguments),
+            ),
+            "memory_bits": _bits_table(items, live_memory.product_memory(policy, tensors)),
+            # For the files alone.
+            "memory_weights": memory.sites_table(parameters + ranges),
+            "memory_activations": memory.sites_table(items + inputs),
+            "memory_live": live_memory.live_table(widths, tensors, items),
+        }
+        for name, table in tables.items():
+            table.save(workdir, name)
+        return [
+            tables["memory"],
+            _AT_EACH_WIDTH,
+            tables["memory_widths"],
+            f"While it runs, {c.batch_size} x {tokens} tokens, most at {plain[1]} (quantized: {quantized[1]}):",
+            tables["memory_run"],
+            _WHY_THEY_DIFFER,
+            tables["memory_bits"],
+            "By site: memory_weights.md, memory_activations.md; what is alive at each, at each width: memory_live.csv.",
+        ]
 
     return run
+
+
+def _bits_table(activations: Iterable[memory.Item], inputs: Iterable[memory.Item]) -> Table:
+    """Returns which part of the activations, and of what enters products, has how many bits."""
+    rows = []
+    for name, items in (("tensors", tuple(activations)), ("inputs of products", tuple(inputs))):
+        rows += [[name, bits, *memory.share(items, bits)] for bits in sorted({item.bits for item in items})]
+    return Table(["what", "bits", "of values", "of tensors"], rows, {"of values": ".1%", "of tensors": ".1%"})
 
 
 # Each checks its settings and returns what does the work, so that bad input ends a run before anything is computed.

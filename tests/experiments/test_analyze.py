@@ -91,8 +91,55 @@ def test_one_analysis_alone(config, tmp_path):
     assert float(found["activations"]["quantized, MiB"]) < float(found["activations"]["full precision, MiB"])
     both = found["forward and backward: output"]
     assert float(both["quantized, MiB"]) >= float(both["full precision, MiB"]) > 0
+    assert found["forward: arguments"]["full precision, MiB"] == found["arguments"]["full precision, MiB"]
+    assert found["forward: arguments"]["quantized, MiB"] == found["arguments"]["quantized, MiB"]
+    assert [row["bits"] for row in rows_of(tmp_path / "memory_widths.csv")] == ["32", "8", "4", "2", "1", "policy"]
     config.analysis.memory.compiled = False
-    assert "forward" not in analyze(config, tmp_path / "counted")
+    config.analysis.memory.bits = (4,)
+    text = analyze(config, tmp_path / "counted")
+    assert "forward:" not in text and "XLA: " not in text
+    four, own = rows_of(tmp_path / "counted" / "memory_widths.csv")
+    # W8A8 everywhere: the policy's own row is twice the one of 4 bits.
+    assert float(own["activations at peak, MiB"]) == 2 * float(four["activations at peak, MiB"]) > 0
+    live = rows_of(tmp_path / "counted" / "memory_live.csv")
+    assert max(int(row["live at 4 bits"]) for row in live) == 2**20 * float(four["activations at peak, MiB"])
+    for wrong in ((), (17,), ("8",), (0,)):
+        config.analysis.memory.bits = wrong
+        with pytest.raises(UserError, match="1 to 16 bits, or 32"):
+            analyze(config, tmp_path / "wrong")
+
+
+def test_a_config_that_says_nothing_of_analyses(tiny_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(module.ANALYSES, "memory", lambda *_: lambda workdir: ["counted"])
+    tiny_config.quant.update(activation_sites="inputs", weight_bits=4, activation_bits=4)
+    text = analyze(tiny_config, tmp_path)
+    assert "## Weights" in text and "counted" in text and "## Sensitivity" not in text
+    assert "weights and memory are done" in capsys.readouterr().out
+    assert "analyses" not in tiny_config and tiny_config.model.fresh_head, "the caller's config stays as it is"
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["analyses"] == ["weights", "memory"] and not stored["model"]["fresh_head"]
+
+
+def test_any_config_file_has_the_fields_of_analyses(tiny_checkpoint, tiny_data, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = get_config("configs/agnews.py:fully4", tiny_checkpoint, tiny_data)
+    assert found.analyses == ("weights", "memory") and found.analysis.memory.bits == (32, 8, 4, 2, 1)
+    assert found.quant.activation_sites == "inputs" and not found.model.fresh_head
+    kept = get_config("configs/bittransgnn.py:mr+analysis", tiny_checkpoint, tiny_data)
+    assert kept.analyses == ("features",), "its own"
+    with pytest.raises(UserError, match=r"there is no file configs/agnew\.py"):
+        get_config("configs/agnew.py:fully4", tiny_checkpoint, tiny_data)
+
+
+def test_a_quantized_input_counts_where_all_readers_quantize_it(config, tmp_path):
+    config.analyses, config.analysis.memory.compiled = ("memory",), False
+    config.quant.update(activation_sites="inputs", weight_granularity="tensor")
+    config.calibration.share_permutation = ""
+    analyze(config, tmp_path)
+    found = {row["counted"]: row for row in rows_of(tmp_path / "memory_run.csv")}
+    assert float(found["activations"]["quantized, MiB"]) < float(found["activations"]["full precision, MiB"])
+    bits = {(row["what"], float(row["bits"])) for row in rows_of(tmp_path / "memory_bits.csv")}
+    assert bits == {(what, size) for what in ("tensors", "inputs of products") for size in (8, 32)}
 
 
 @pytest.fixture
