@@ -254,6 +254,6 @@ def get_config(arg: str = "full_precision"):
         config = changed(config, method("ir_net_ALL_wo_final+latent"), "smoke")
         config.model.sizes = ConfigDict(dict(hidden_size=32, num_heads=2, intermediate_size=32, classifier_size=32))
         config.data.update(limit_train=64, limit_eval=64, buckets=1, max_length=32)
-        config.phases.finetune.epochs = config.phases.qat.epochs = 1.0
+        config.phases.finetune.epochs, config.phases.qat.epochs = 1.0, 2.0  # of which the first is the first one
         return config
     return changed(config, method(arg, small, bert=not small), f"configs/agnews.py:{arg}")  # no BERT is as narrow

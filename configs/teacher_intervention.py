@@ -95,10 +95,17 @@ def task_fields(name: str) -> dict:
 
 
 def sweep_rows(names: Iterable[str]) -> tuple[dict, ...]:
-    """Returns a row for full precision, and one for each method, which begins with its model."""
-    begun = {"model.fresh_head": False}
-    rows = [dict(name=name, changes=begun | method(name), start="full precision") for name in names]
-    return (dict(name="full precision", changes={"recipe": ("finetune",), "model.fresh_head": True}), *rows)
+    """Returns a row for full precision, and one for each method, which begins with its model.
+
+    A teacher that the sweep is given is for the rows that learn from one.
+    """
+    alone = {"teacher.name": ""}
+    rows = [dict(name="full precision", changes=alone | {"recipe": ("finetune",), "model.fresh_head": True})]
+    for name in names:
+        fields = {"model.fresh_head": False} | method(name)
+        taught = "phases.qat.losses" in fields
+        rows.append(dict(name=name, changes=fields if taught else alone | fields, start="full precision"))
+    return tuple(rows)
 
 
 def table(tasks: Iterable[str]):
