@@ -99,7 +99,7 @@ def analyze(config: ConfigDict, workdir: str | Path) -> str:
     policy = policy_to_apply(experiment)
     parts = {name: ANALYSES[name](experiment, policy) for name in config.analyses}
     if (workdir / "config.json").is_file():
-        check_config(config, workdir, defaults_of(config))
+        check_config(config, workdir, with_analyses(defaults_of(config)))
     save_config(config, workdir)
     lines = [f"# {config.model.name} on {experiment.task.name}"]
     for name, part in parts.items():
