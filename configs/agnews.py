@@ -248,6 +248,7 @@ def get_config(arg: str = "full_precision"):
             seeds=(1000, 1001, 1002),
             metric="test_accuracy",
             orderings=claims,
+            comparable=not small,  # the study has four times the widths and three times the epochs
         )
         return config
     if arg == "smoke":

@@ -198,6 +198,7 @@ def get_config(arg: str = "full_precision"):
         config.save_models = arg == "tuned"  # the others start from one of them
         config.sweep = sweeping(
             name=f"translation_{arg}",
+            comparable=False,  # IWSLT, by another measure
             grid=(("task", {"multi30k": {"task": "multi30k"}}),),
             rows=rows,
             seeds=(1000, 1001, 1002),
