@@ -146,7 +146,7 @@ def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
         nonlocal clock
         found[phase.name] = experiment.evaluate(phase.model, variables)
         if phase.evaluation is not None:
-            found[phase.name] |= phase.evaluation.summary(history)
+            found[phase.name] |= phase.evaluation.summary(history, batches.batches_per_epoch)
         seconds[phase.name] = time.perf_counter() - clock
         clock = time.perf_counter()
         write_text(workdir / f"result_{phase.name}.json", json.dumps(found[phase.name] | {"step": step}, indent=2))

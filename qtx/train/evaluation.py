@@ -116,13 +116,14 @@ class Evaluation:
         better = improvements([record[self.metric] for record in history], self.start) or [-1]
         return len(history) - 1 - better[-1] >= self.patience
 
-    def summary(self, history: Sequence[Record]) -> dict[str, float]:
+    def summary(self, history: Sequence[Record], batches_per_epoch: int) -> dict[str, float]:
         """Returns what a report says beside the metrics of the model that was kept.
 
-        That is `best_epoch`, and the metrics of the other model: with `keep_best` those of the last evaluation under
-        `last_...`, otherwise those of the best one under `best_...`.
+        That is `best_epoch`, counted from the beginning of the run as in its curves and plots (`epoch` of a record is within
+        the phase), and the metrics of the other model: with `keep_best` those of the last evaluation under `last_...`,
+        otherwise those of the best one under `best_...`.
         """
         best = self.best(history)
         prefix, other = ("last_", history[-1]) if self.keep_best else ("best_", best)
         metrics = {prefix + name: value for name, value in other.items() if name not in ("step", "epoch")}
-        return metrics | {"best_epoch": best["epoch"]}
+        return metrics | {"best_epoch": best["step"] / batches_per_epoch}

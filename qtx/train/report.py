@@ -185,8 +185,9 @@ def training_curves(lines: Iterable[Mapping[str, Any]], phases: Sequence[str], b
       batches_per_epoch: steps in an epoch.
 
     Returns:
-      Columns `phase`, `step` and `epoch` (both since the beginning of the run), `training_loss`, every metric of an evaluation,
-      and `training_accuracy` where classes are trained (with dropout, the mean of the steps since the line before).
+      Columns `phase`, `step` and `epoch` (both since the beginning of the run, as is `best_epoch` of a report),
+      `training_loss`, every metric of an evaluation, and `training_accuracy` where classes are trained (with dropout, the mean
+      of the steps since the line before).
     """
     found: dict[tuple[str, int], dict[str, float]] = {}
     for line in lines:

@@ -127,8 +127,10 @@ def test_what_follows_from_a_history():
     assert keep.best(history(math.nan))["step"] == 1
     assert [patient.is_over(found[:i]) for i in range(6)] == [False, False, False, False, False, True]
     assert not keep.is_over(found)
-    assert keep.summary(found) == {"last_score": 0.25, "best_epoch": 1.5}
-    assert patient.summary(found) == {"best_score": 0.75, "best_epoch": 1.5}
+    assert keep.summary(found, 2) == {"last_score": 0.25, "best_epoch": 1.5}
+    assert patient.summary(found, 2) == {"best_score": 0.75, "best_epoch": 1.5}
+    later = [{**record, "step": record["step"] + 10} for record in found]  # a phase after one of 10 steps
+    assert keep.summary(later, 2)["best_epoch"] == 6.5, "since the beginning of the run"
 
 
 def test_patience_that_begins_at_a_number_and_the_best_that_does_not():
@@ -264,7 +266,9 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(
     for _ in range(2):  # the second time there is nothing left to do
         capsys.readouterr()
         resumed = train([phase(**fields) for fields in RECIPE], tmp_path, every)
-        assert (f"{tmp_path} goes on from step {goes_on_from}\n" in capsys.readouterr().err) == (goes_on_from is not None)
+        assert (f"{tmp_path} goes on from step {goes_on_from}\n" in capsys.readouterr().err) == (
+            goes_on_from is not None
+        )
         count = len(resumed.steps)  # a phase that was over is not reported again
         assert count == (2 if (goes_on_from or 0) <= 5 else 1)
         assert resumed[:3] == tuple(values[-count:] for values in whole[:3])
