@@ -86,8 +86,8 @@ def test_unknown_phase(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("weight_bits", 1, "1 bits"),
-        ("weight_bits", 17, "17 bits"),
+        ("weight_bits", 1, "quant.weight_bits is 1: uniform grids take 2 to 16 bits"),
+        ("weight_bits", 17, "quant.weight_bits is 17"),
         ("weight_scheme", "symetric", "'symmetric'"),
         ("weight_estimator", "msee", "'mse'"),
         ("weight_options", {"momentun": 0.5}, "'momentum'"),

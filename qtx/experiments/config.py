@@ -129,7 +129,7 @@ def bittransgnn() -> ConfigDict:
             "dropout": 0.5,  # between graph convolutions
             "bias": True,  # of graph convolutions; quantized ones were published without
             "refresh": "before",  # features of all documents are made again before evaluations; 'after' as published
-            # A file of launch/build_graph.py, or where to save one; without .npz a directory of such files, named by what they hold.
+            # A file of launch/build_graph.py, or where to save one; without .npz a directory of such files, named by contents.
             # '': that of the model or teacher that the run begins with, if it is the same graph, else a new one.
             "graph": "",
             "teacher": "",  # of 'distillation' alone: a trained BitTransGNN, `model/` or `quantized/` of its run
