@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from qtx.experiments.app import keep_compiled, launch
+from qtx.experiments.app import fields_given, keep_compiled, launch
 from qtx.experiments.plan import SAMPLERS, parse_axis, parse_range, parse_seeds
 from qtx.experiments.sweep import command_of, sweep, with_fields
 
@@ -54,6 +54,7 @@ def main(config, workdir: str) -> None:
         given.report_only,
         given.retry_failed,
         command_of(sys.argv),
+        fields_given(sys.argv),
     )
 
 

@@ -54,9 +54,14 @@ def _define_flags(default_config: str, default_workdir: str | None) -> None:
     )
 
 
+def fields_given(argv: Sequence[str]) -> list[str]:
+    """Returns the dotted names of the fields of the configuration that a command line changes."""
+    return [found[1] for argument in argv if (found := re.match(r"--?config\.([\w.]+)(=|$)", argument))]
+
+
 def _check_config(argv: Sequence[str], config: str) -> None:
     """Raises a `UserError` if there is no such config file (`config` by default) or no such field in it."""
-    names = [found[1] for argument in argv if (found := re.match(r"--?config\.([\w.]+)(=|$)", argument))]
+    names = fields_given(argv)
     for number, argument in enumerate(argv):
         if re.match(r"--?config(=|$)", argument):
             config = argument.partition("=")[2] if "=" in argument else "".join(argv[number + 1 : number + 2])

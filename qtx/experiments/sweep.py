@@ -12,7 +12,9 @@ trial that was running goes on from its last checkpoint.
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import operator
 import shlex
 import shutil
 import statistics
@@ -54,6 +56,7 @@ def sweep(
     report_only: bool = False,
     retry_failed: bool = False,
     command: str = "python launch/sweep.py",
+    given: Sequence[str] = (),
 ) -> Report:
     """Runs the trials of a sweep that are not done, and reports all of them.
 
@@ -69,6 +72,7 @@ def sweep(
       report_only: run nothing.
       retry_failed: run failed trials again, too.
       command: how a user repeats this call, for the report.
+      given: fields that the user has set; a line says which rows set them otherwise.
 
     Returns:
       The report, which is printed and written to `table.md`, `table.csv`, `cells.md`, `cells.csv` after every trial. In the
@@ -109,6 +113,8 @@ def sweep(
         found = report()
         finish(found)
         return found
+    for line in not_reached(config, chosen, given):
+        console.print(line, highlight=False)
     check_models(chosen)
     save_config(config, workdir)
     deadline = time.monotonic() + 60 * minutes if minutes else math.inf
@@ -180,6 +186,29 @@ def check_models(trials: Sequence[Trial]) -> None:
                 check_suppression(suppression_from(config.quant, config.outlier_suppression), sizes)
         except UserError as error:
             raise UserError(f"{group}: {error}" if group else str(error)) from None
+
+
+def not_reached(config: ConfigDict, trials: Sequence[Trial], given: Sequence[str]) -> list[str]:
+    """Returns a line for each field that was given and that rows, or points of the grid, set to something else.
+
+    Args:
+      config: of the sweep.
+      trials: of it.
+      given: dotted names of fields.
+    """
+    lines = []
+    for name in given:
+        *path, last = name.split(".")
+        if path[:1] == ["sweep"]:  # which trials do not have
+            continue
+
+        def value(config: ConfigDict, path: Sequence[str] = path, last: str = last) -> Any:
+            return functools.reduce(operator.getitem, path, config)[last]
+
+        others = dict.fromkeys(trial.row.name for trial in trials if value(trial.config) != value(config))
+        if others:
+            lines.append(f"--config.{name} does not reach {', '.join(others)}: the sweep sets it there")
+    return lines
 
 
 def _is_ready(trial: Trial, attempts: dict[str, Attempt], workdir: Path) -> bool:

@@ -261,6 +261,19 @@ def test_a_sweep_from_before_a_field_goes_on(runs, tmp_path, monkeypatch):
         sweep.sweep(config, tmp_path)
 
 
+def test_fields_that_rows_set_otherwise_are_told(runs, tmp_path, capsys):
+    rows = ({"name": "own", "changes": {"log_every": 7}}, {"name": "plain"})
+    config = tiny_sweep(rows=rows, seeds=(1,))
+    config.log_every = 5
+    config.checkpoint_every = 3
+    given = ("log_every", "checkpoint_every", "sweep.near")
+    sweep.sweep(config, tmp_path, given=given)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--config.log_every does not reach own: the sweep sets it there" in said
+    assert "checkpoint_every does" not in said and "near" not in said
+    assert not sweep.not_reached(config, plan.plan(config), ("checkpoint_every",))
+
+
 def test_another_configuration_under_the_same_name_is_refused(runs, tmp_path):
     sweep.sweep(tiny_sweep(seeds=(1,)), tmp_path)
     config = tiny_sweep(seeds=(1,))
