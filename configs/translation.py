@@ -150,8 +150,9 @@ TINY = {
 
 def get_config(arg: str = "full_precision"):
     """Returns the configuration of a method, or the sweep over all of them."""
-    published = arg.endswith("+base")
-    arg = arg.removesuffix("+base")
+    plain, *extras = arg.split("+")
+    published = "base" in extras
+    arg = "+".join([plain, *(extra for extra in extras if extra != "base")])
     config = base()
     config.task = "multi30k"
     config.recipe = ("qat",)

@@ -442,6 +442,14 @@ def test_ag_news_row(tiny_config, tmp_path, row, named):
     assert named in train(tiny_config, tmp_path)
 
 
+def test_ag_news_file_with_a_header(tiny_config, tmp_path):
+    for file in ("train", "test"):
+        (tmp_path / f"{file}.csv").write_text('"Class Index","Title","Description"\n"1","a film","a plot"\n')
+    tiny_config.task, tiny_config.data.dir = "ag_news", str(tmp_path)
+    assert "train.csv, line 1: unknown label 'Class Index'" in (said := train(tiny_config, tmp_path))
+    assert "a header line is to be removed" in said
+
+
 def test_ag_news_file_that_is_empty_or_truncated(tiny_config, tmp_path):
     rows = "".join(f'"{1 + i % 4}","a film {i}","a plot"\n' for i in range(40))
     (tmp_path / "train.csv").write_text(rows)

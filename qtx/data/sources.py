@@ -533,7 +533,8 @@ def _to_examples(table: _Table, task: Task, tokens: Sequence[str]) -> Examples:
     ids = {token: i for i, token in enumerate(tokens)}
     for value, line in zip(raw, table.lines, strict=True):
         if value not in ids:
-            raise UserError(f"{table.path}, line {line}: unknown label {value!r}{near_misses(value, tokens)}")
+            header = "; a header line is to be removed" if line == 1 else ""
+            raise UserError(f"{table.path}, line {line}: unknown label {value!r}{near_misses(value, tokens)}{header}")
     return Examples(tuple(texts), np.array([ids[value] for value in raw], np.int32))
 
 

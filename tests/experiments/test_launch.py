@@ -52,6 +52,7 @@ ARGUMENTS = {
         "attention_4+warm",
         "published_binary_all",
         "attention_8+base",
+        "attention_4+base+warm",
         "multi30k",
         "tuned",
         "ptq",
