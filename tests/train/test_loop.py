@@ -23,7 +23,7 @@ from qtx.train.checkpoint import Checkpoints
 from qtx.train.logging import read_metrics
 from qtx.train.loop import fit
 from qtx.train.optimizer import make_optimizer
-from qtx.train.phase import inputs, make_state, make_step
+from qtx.train.phase import inputs, make_state, make_step, task_loss
 from tests.conftest import FEWER_SITES, eight_devices
 
 ROOT = Path(__file__).parents[2]
@@ -78,9 +78,14 @@ def test_nothing_is_compiled_after_the_first_epoch(tiny_config):
     tiny_config.data.buckets = 2
     experiment = setup(tiny_config)
     per_epoch = experiment.batches("train", 8, True, None).batches_per_epoch
-    *_, step, batches = run_steps(tiny_config, 3 * per_epoch)
-    assert len(batches.buckets) == 2
-    assert step._cache_size() == len(batches.buckets)
+    traced = []
+
+    def objective(forward, batch, constants):
+        traced.append(batch["input_ids"].shape[-1])
+        return task_loss(forward, batch, constants)
+
+    *_, batches = run_steps(tiny_config, 3 * per_epoch, objective=objective)
+    assert len(batches.buckets) == 2 and sorted(traced) == sorted(batches.buckets)
 
 
 def test_seeds_share_their_compiled_programs(tiny_config, tmp_path):
