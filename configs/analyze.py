@@ -29,7 +29,6 @@ the scores themselves carry two points of noise (`--config.data.limit_eval=0` ta
 import runpy
 from pathlib import Path
 
-from qtx.analysis.live_memory import WIDTHS
 from qtx.errors import UserError, near_misses
 from qtx.experiments.analyze import with_analyses
 from qtx.experiments.config import analysis, base
@@ -55,7 +54,6 @@ def get_config(arg: str = "w8a8"):
     config.model.fresh_head = False
     config.analyses = ("sensitivity", "outliers", "weights", "memory")
     config.analysis = analysis()
-    config.analysis.memory.bits = WIDTHS
     config.analysis.sensitivity.groups = ("e", "s", "p", "c", "g", "u", "x", "h", "y", "z", "MHA+FFN")
     config.data.limit_train, config.data.limit_eval = 2048, 256
     config.quant.weight_granularity = "channel"

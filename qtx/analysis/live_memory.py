@@ -50,7 +50,6 @@ from qtx.quant.policy import Kind, Policy
 from qtx.quant.spec import Spec
 from qtx.train.report import Table
 
-WIDTHS = (32, 8, 4, 2, 1)
 _VIEWS = ("reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy", "stop_gradient")
 _PARTS = ("slice", "dynamic_slice", "gather")
 _CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat", "remat2")

@@ -64,7 +64,6 @@ def with_analyses(config: ConfigDict, analyses: tuple[str, ...] = DEFAULT_ANALYS
             found.analyses, found.model.fresh_head = analyses, False
         if "analysis" not in found:
             found.analysis = analysis()
-            found.analysis.memory.bits = live_memory.WIDTHS
     return found
 
 
@@ -222,7 +221,7 @@ def _memory(experiment: Classification, policy: Policy) -> Part:
             f"analysis.memory: {c.batch_size} x {c.tokens} tokens; give 1 to {most} tokens of at least 1 text"
         )
     tokens = c.tokens if most is not None else model_sizes.tokens  # type: ignore[union-attr]
-    widths = tuple(c.get("bits", live_memory.WIDTHS))
+    widths = tuple(c.bits)
     if not widths or not all(isinstance(bits, int) and (1 <= bits <= 16 or bits == 32) for bits in widths):
         raise UserError(f"analysis.memory.bits is {widths}; give widths of 1 to 16 bits, or 32")
 

@@ -301,6 +301,11 @@ def defaults_of(config: ConfigDict) -> ConfigDict:
     return found
 
 
+def field_of(config: ConfigDict | Mapping[str, Any], name: str) -> Any:
+    """Returns the value of a field, or a section, by its dotted name."""
+    return functools.reduce(operator.getitem, name.split("."), config)
+
+
 def changed(config: ConfigDict, changes: Mapping[str, Any], what: str) -> ConfigDict:
     """Returns a copy of a configuration in which some fields have other values.
 
@@ -338,7 +343,7 @@ def changed(config: ConfigDict, changes: Mapping[str, Any], what: str) -> Config
 def _holds_options(name: str) -> bool:
     """Returns whether a section has no fields of its own, but those of what it describes."""
     whole = base()
-    return not unknown_field(whole, name) and not len(functools.reduce(operator.getitem, name.split("."), whole))
+    return not unknown_field(whole, name) and not len(field_of(whole, name))
 
 
 def unknown_field(config: ConfigDict, name: str) -> str:
@@ -420,6 +425,7 @@ def analysis() -> ConfigDict:
             "memory": {
                 "batch_size": 1,  # of the activations
                 "tokens": 128,
+                "bits": (32, 8, 4, 2, 1),  # widths of the table
                 "compiled": True,  # compile the model, four programs, and ask XLA
             },
             "features": {

@@ -6,9 +6,7 @@ Sections of a `qtx.experiments.config` in, the dataclasses of lower floors out; 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from qtx.errors import UserError, near_misses
-from qtx.experiments.config import quantization
+from qtx.experiments.config import field_of, quantization
 from qtx.methods.agnews_study import input_policy
 from qtx.methods.bit_transformer import bit_policy
 from qtx.methods.efficient_quantization import Value, policy_of, with_value
@@ -176,7 +174,7 @@ def _refuse(section: ConfigDict, names: Iterable[str], why: str, remedy: str = "
     """
     given, plain = section.to_dict(), quantization().to_dict()
     for name in names:
-        value, default = (functools.reduce(operator.getitem, name.split("."), tree) for tree in (given, plain))
+        value, default = field_of(given, name), field_of(plain, name)
         if value != default:
             raise UserError(f"quant.{name} is {value!r}, but {why}; {remedy} at {default!r}")
 

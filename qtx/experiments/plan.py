@@ -19,9 +19,7 @@ import ast
 import copy
 import dataclasses
 import fnmatch
-import functools
 import itertools
-import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +30,7 @@ from ml_collections import ConfigDict
 from qtx.analysis.memory import Item, totals, weight_memory
 from qtx.errors import UserError, near_misses
 from qtx.experiments.compare import baseline, compare
-from qtx.experiments.config import changed
+from qtx.experiments.config import changed, field_of
 from qtx.experiments.experiment import family_and_sizes
 from qtx.experiments.from_config import policy_from
 from qtx.experiments.run import evaluate, quantize, train_and_evaluate
@@ -217,7 +215,7 @@ class Trial:
             found = {"model.name": model, "model.start": None}  # what it started from itself
         for field, given in self.row.uses.items():
             row, _, part = given.partition("/")
-            if not row and functools.reduce(operator.getitem, field.split("."), self.config):
+            if not row and field_of(self.config, field):
                 continue  # a place of one's own
             found[field] = str(workdir.resolve() / (self._run(row, seed) if row else "") / (part or "model"))
         return changed(self.config, {"seed": seed, **found, **drawn}, self.name)

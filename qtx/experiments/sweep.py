@@ -12,9 +12,7 @@ trial that was running goes on from its last checkpoint.
 from __future__ import annotations
 
 import copy
-import functools
 import math
-import operator
 import shlex
 import shutil
 import statistics
@@ -29,7 +27,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from qtx.errors import UserError
-from qtx.experiments.config import phases_of, sweeping
+from qtx.experiments.config import field_of, phases_of, sweeping
 from qtx.experiments.experiment import family_and_sizes
 from qtx.experiments.from_config import policy_from, rounding_from, suppression_from
 from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
@@ -198,14 +196,10 @@ def not_reached(config: ConfigDict, trials: Sequence[Trial], given: Sequence[str
     """
     lines = []
     for name in given:
-        *path, last = name.split(".")
-        if path[:1] == ["sweep"]:  # which trials do not have
+        if name.startswith("sweep."):  # which trials do not have
             continue
-
-        def value(config: ConfigDict, path: Sequence[str] = path, last: str = last) -> Any:
-            return functools.reduce(operator.getitem, path, config)[last]
-
-        others = dict.fromkeys(trial.row.name for trial in trials if value(trial.config) != value(config))
+        value = field_of(config, name)
+        others = dict.fromkeys(trial.row.name for trial in trials if field_of(trial.config, name) != value)
         if others:
             lines.append(f"--config.{name} does not reach {', '.join(others)}: the sweep sets it there")
     return lines

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from qtx import quant
-from qtx.analysis import live_memory, memory
+from qtx.analysis import memory
 from qtx.analysis.live_memory import (
     at_width,
     live_bytes,
@@ -187,6 +187,6 @@ def test_widths_stand_beside_the_compiler():
     parameters = memory.weight_memory(None, BERT.sites(TINY), abstract_params(BERT, TINY))
     sizes = {"arguments": 2**20, "temporary": 2**21, "in all": 2**22}
     programs = {"full precision": {"forward": sizes}, "quantized": {"forward": sizes | {"temporary": 2**23}}}
-    rows = widths_table(live_memory.WIDTHS, parameters, found, tensor_memory(None, found), programs).rows
+    rows = widths_table((32, 8, 4, 2, 1), parameters, found, tensor_memory(None, found), programs).rows
     assert [row[0] for row in rows] == [32, 8, 4, 2, 1, "policy"]
     assert rows[0][-3:] == [1, 2, 4] and rows[-1][-3:] == [1, 8, 4] and rows[1][-3:] == [None] * 3
