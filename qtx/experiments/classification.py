@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from qtx import data, models
 from qtx.data.batching import Batches, bucket_lengths
 from qtx.data.corpus import published_splits
-from qtx.errors import UserError, near_misses
-from qtx.experiments.config import bittransgnn, phases_of
+from qtx.errors import UserError
+from qtx.experiments.config import bittransgnn
 from qtx.experiments.experiment import (
     LABELLED,
     VALIDATION,
@@ -137,17 +137,10 @@ class Classification(Experiment):
                 f"teacher.name: the vocabulary of {name} is not that of {self.config.model.name}; both must read the same ids"
             )
 
-    def training(self) -> dict[str, Any]:
-        splits = (*VALIDATION, "test") if self.config.evaluate_test else VALIDATION
+    def metric_names(self, splits: Sequence[str]) -> tuple[str, ...]:
         prefixes = [_PREFIXES.get(split, f"{split}_") for split in splits if split in self.encoded]
-        known = ["score", *(f"{prefix}{name}" for prefix in prefixes for name in (*self.task.metrics, *self.task.also))]
-        for phase, section in phases_of(self.config):
-            if section.metric not in known:
-                raise UserError(
-                    f"phases.{phase}.metric: evaluations of {self.task.name} while training give no {section.metric!r}"
-                    f"{near_misses(section.metric, known)}"
-                )
-        return super().training()
+        names = (*self.task.metrics, *self.task.also)
+        return ("score", *(f"{prefix}{name}" for prefix in prefixes for name in names))
 
     def metrics(self, logits: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Returns the metrics of what `logits` gave; see `evaluate`. Without a validation split there is no `score`."""

@@ -91,6 +91,11 @@ class Experiment(abc.ABC):
         """How metrics were computed, where their names do not say it; the title of result tables."""
         return ""
 
+    def metric_names(self, splits: Sequence[str]) -> tuple[str, ...]:
+        """Returns what an evaluation of some splits gives; empty where that is not known before."""
+        del splits
+        return ()
+
     def training(self) -> dict[str, Any]:
         """Returns the fields of every `Phase` that are up to the kind of experiment: the objective, for one."""
         return {"objective": task_loss}

@@ -183,11 +183,10 @@ class GraphClassification(Classification):
     def training(self) -> dict[str, Any]:
         c = self.config.bittransgnn
         fields = c.alpha, c.temperature, c.target
-        common = super().training()
         if c.method == "distillation":
-            return common | {"objective": GraphDistillation(self.teacher_mix, *fields), "constants": self.votes}
+            return {"objective": GraphDistillation(self.teacher_mix, *fields), "constants": self.votes}
         graph = {"adjacency": self.adjacency}
-        found: dict[str, Any] = common | {
+        found: dict[str, Any] = {
             "objective": graph_loss,
             "constants": graph,
             "memory": self.memory,

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from qtx import models
 from qtx.data.parallel import FURTHER_TESTS
-from qtx.errors import UserError
+from qtx.errors import UserError, near_misses
 from qtx.experiments.config import defaults_of, phases_of
 from qtx.experiments.experiment import LABELLED, VALIDATION, Experiment
 from qtx.experiments.from_config import evaluation_from, optimizer_from, policy_from, rounding_from, suppression_from
@@ -62,7 +62,13 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
 
     recipe: list[Phase] = []
     policy: Policy | None = None
+    known = experiment.metric_names(splits)
     for name, section in phases_of(config):
+        if known and section.metric not in known:
+            near = near_misses(section.metric, known)
+            raise UserError(
+                f"phases.{name}.metric: evaluations of {config.task} while training give no {section.metric!r}{near}"
+            )
         options: dict[str, Any] = dict(
             epochs=section.epochs,
             steps=section.steps,
