@@ -1,8 +1,9 @@
-"""The one exception that users see, and the near-miss helper behind its hints."""
+"""The one exception that users see, the near-miss helper behind its hints, and warnings."""
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -29,3 +30,8 @@ def near_misses(name: str, options: Iterable[str], count: int = 3) -> str:
         return ""
     shown = ", ".join(options[:12]) + (", …" if len(options) > 12 else "")
     return f"; choose from: {shown}"
+
+
+def warn(message: str) -> None:
+    """Prints a warning as one line on standard error."""
+    print(f"warning: {message}", file=sys.stderr)

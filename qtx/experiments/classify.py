@@ -26,7 +26,7 @@ from qtx.data.cleaning import without_backslashes
 from qtx.data.corpus import new_documents, words_kind
 from qtx.data.reading import read_text, standard_input
 from qtx.data.text_graph import TextGraph, load_graph
-from qtx.errors import UserError
+from qtx.errors import UserError, warn
 from qtx.experiments.graph import GRAPH_FILE, edges_into
 from qtx.experiments.graph_part import GraphPart, joint_policy, part_of
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
@@ -245,9 +245,6 @@ def classify_file(model: str, graph: str, source: str, target: str, max_length: 
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-
-    def warn(message: str) -> None:
-        print(f"warning: {message}", file=sys.stderr)
 
     classifier = Classifier.load(model, graph, max_length, warn)
     text = standard_input() if source == "-" else read_text(Path(source))

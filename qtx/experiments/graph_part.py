@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import safetensors.numpy
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from qtx.errors import UserError
+from qtx.errors import UserError, warn
 from qtx.export.policy_json import policy_from_json, policy_to_json
 from qtx.files import whole_file
 from qtx.nn.text_graph import GraphConfig
@@ -98,10 +97,7 @@ def warn_of_unused(section: ConfigDict, default: ConfigDict) -> None:
     """
     graph_config_from(section)
     if unused := [f"bittransgnn.{name}" for name, value in section.items() if value != default[name]]:
-        print(
-            f"warning: without bittransgnn.method there is no graph, and {', '.join(unused)} does nothing",
-            file=sys.stderr,
-        )
+        warn(f"without bittransgnn.method there is no graph, and {', '.join(unused)} does nothing")
 
 
 def part_of(directory: Path | None) -> GraphPart | None:

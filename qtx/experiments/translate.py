@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from qtx import models
 from qtx.data.pair_tokenizer import UNK, PairTokenizer, load
 from qtx.data.reading import read_text, standard_input
-from qtx.errors import UserError
+from qtx.errors import UserError, warn
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
 from qtx.files import write_text
 from qtx.methods.translation import Decoding, check_positions, translate_all
@@ -128,9 +128,6 @@ def translate_file(
     translator = Translator.load(model, direction)
     text = standard_input() if source == "-" else read_text(Path(source))
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
-
-    def warn(message: str) -> None:
-        print(f"warning: {message}", file=sys.stderr)
 
     translated = "".join(f"{line}\n" for line in translator(lines, decoding, max_length, warn))
     if target == "-":
