@@ -256,6 +256,14 @@ def test_storage_that_cannot_be_opened(tmp_path, url):
         ({"quant.overrides": "yy=16"}, "bad: unknown"),
         ({"quant.weight_bits": 32, "quant.activation_bits": 32}, "bad: `quant` keeps everything in full precision"),
         ({"recipe": ("qatt",)}, "'qat'"),
+        ({"phases.qat.losses": "ternarybret"}, "bad: phases.qat.losses: unknown set of losses 'ternarybret'"),
+        ({"phases.qat.intervention": "map"}, "bad: phase 'qat': an intervention 'map' needs a teacher"),
+        ({"phases.qat.intervention": "mop", "phases.qat.losses": "logits=1"}, "bad: unknown intervention 'mop'"),
+        ({"phases.qat.optimizer.schedule": "liner"}, "bad: unknown schedule 'liner'"),
+        ({"phases.qat.keep_best": True}, "bad: phase 'qat': keep_best and patience choose"),
+        ({"phases.qat.share": 2.0}, "bad: phases.qat.share is 2.0"),
+        ({"phases.qat.including": "finetune"}, "bad: phase 'qat' includes 'finetune', which is no earlier phase"),
+        ({"recipe": ("finetune", "qat"), "phases.qat.batch_size": 3}, "bad: the phases of a recipe share one stream"),
     ],
 )
 def test_row_of_a_sweep_that_would_fail_after_the_training_of_another(tiny_config, tmp_path, changes, named):
@@ -264,6 +272,12 @@ def test_row_of_a_sweep_that_would_fail_after_the_training_of_another(tiny_confi
     assert named in message(sweep, tiny_config, tmp_path)
     tiny_config.model.name = str(tmp_path / "nothing")
     assert "good: no such checkpoint" in message(sweep, tiny_config, tmp_path)
+
+
+def test_a_recipe_is_looked_at_before_data_and_model(tiny_config, tmp_path):
+    tiny_config.model.name = tiny_config.data.train = str(tmp_path / "nothing")
+    tiny_config.phases.finetune.optimizer.schedule = "liner"
+    assert "unknown schedule 'liner'" in message(run.train_and_evaluate, tiny_config, tmp_path)
 
 
 def test_sweep_of_trials_that_do_not_exist(tmp_path):

@@ -25,7 +25,7 @@ from qtx.experiments.config import defaults_of, phases_of
 from qtx.experiments.experiment import LABELLED, VALIDATION, Experiment
 from qtx.experiments.from_config import evaluation_from, optimizer_from, policy_from, rounding_from, suppression_from
 from qtx.experiments.setup import setup
-from qtx.experiments.teaching import remaining_steps, taught
+from qtx.experiments.teaching import check_phases, remaining_steps, taught
 from qtx.export.packed import save_quantized
 from qtx.files import write_text
 from qtx.methods.adaround import adaround, layers_to_round
@@ -50,9 +50,28 @@ def calibration_options(config: ConfigDict) -> dict[str, Any]:
     return {"share_permutation": c.share_permutation or None, "permutation": c.permutation}
 
 
+def check_recipe(config: ConfigDict) -> None:
+    """Checks the phases of a recipe as far as that takes neither data nor model, so that it can be done first.
+
+    Raises:
+      UserError: on anything that does not exist, or does not go together.
+    """
+    sections = phases_of(config)
+    for name, section in sections:
+        optimizer_from(section.optimizer)
+        evaluation_from(name, section, lambda phase, variables: {})
+    check_phases(config)
+    sizes = {section.batch_size for _, section in sections}
+    if len(sizes) > 1:
+        raise UserError(
+            f"the phases of a recipe share one stream of batches: give them one batch_size, not {sorted(sizes)}"
+        )
+
+
 def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
     """Returns the phases that a configuration names, and the policy that the last one trains with."""
     config = experiment.config
+    check_recipe(config)
     if config.evaluate_test and "test" not in experiment.encoded:
         raise UserError(f"evaluate_test is on, but task {config.task!r} has no labelled test split")
     splits = (*VALIDATION, "test") if config.evaluate_test else VALIDATION
@@ -103,11 +122,6 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
             phase = Phase(name, experiment.model, optimizer, **options)
         phase = taught(phase, section, experiment, any(each.model.policy is None for each in recipe))
         recipe.append(remaining_steps(phase, section, recipe, experiment))
-    sizes = {config.phases[name].batch_size for name in config.recipe}
-    if len(sizes) > 1:
-        raise UserError(
-            f"the phases of a recipe share one stream of batches: give them one batch_size, not {sorted(sizes)}"
-        )
     return recipe, policy
 
 
@@ -128,6 +142,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     Raises:
       UserError: on anything that does not fit, before training starts.
     """
+    check_recipe(config)
     return train(setup(config), workdir)
 
 

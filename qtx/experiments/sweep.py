@@ -31,7 +31,7 @@ from qtx.experiments.config import field_of, phases_of, sweeping
 from qtx.experiments.experiment import family_and_sizes
 from qtx.experiments.from_config import policy_from, rounding_from, suppression_from
 from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
-from qtx.experiments.run import check_quantization, check_suppression
+from qtx.experiments.run import check_quantization, check_recipe, check_suppression
 from qtx.experiments.setup import sites_of
 from qtx.experiments.study import Attempt, Claim, Ledger, TakenOver, without_password
 from qtx.experiments.sweep_plots import plot_sweep
@@ -157,7 +157,7 @@ def sweep(
 
 
 def check_models(trials: Sequence[Trial]) -> None:
-    """Finds, before hours of training, what would fail in the end: a model that is not there, a policy that cannot be.
+    """Finds, before hours of training, what would fail in the end: a recipe, a policy or a model that cannot be.
 
     Raises:
       UserError: that says which trial.
@@ -169,6 +169,8 @@ def check_models(trials: Sequence[Trial]) -> None:
         while root.start:
             root = sources[root.start]
         try:
+            if entry == "train":
+                check_recipe(config)
             family, sizes = family_and_sizes(root.config.model)
             quantized = entry == "train" and any(section.quantized for _, section in phases_of(config))
             if not quantized and entry != "quantize":

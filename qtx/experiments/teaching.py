@@ -18,7 +18,7 @@ from qtx.experiments.config import phases_of
 from qtx.experiments.experiment import Experiment
 from qtx.experiments.from_config import parse_overrides
 from qtx.methods.distillation import LOSS_SETS, LOSSES, Teacher, distillation_phase
-from qtx.methods.teacher_intervention import intervention_phase, untrained_padding
+from qtx.methods.teacher_intervention import Interventions, intervention_phase, untrained_padding
 from qtx.train.phase import Phase
 
 _SHOWN = 4  # labels in an error
@@ -58,11 +58,6 @@ def taught(phase: Phase, section: ConfigDict, experiment: Experiment, trained_be
       UserError: on anything that does not exist, or does not fit the student.
     """
     if not section.losses:
-        check_named_teacher(experiment.config)
-        if section.intervention:
-            raise UserError(
-                f"phase {phase.name!r}: an intervention {section.intervention!r} needs a teacher; set its `losses`"
-            )
         return phase
     if not isinstance(experiment, Classification):
         raise UserError(f"phase {phase.name!r}: distillation is for tasks with labels, not {experiment.config.task!r}")
@@ -79,13 +74,35 @@ def taught(phase: Phase, section: ConfigDict, experiment: Experiment, trained_be
     return distillation_phase(phase, teacher, losses, **options)
 
 
-def check_named_teacher(config: ConfigDict) -> None:
-    """Raises a `UserError` if a configuration names a teacher and no phase of its recipe learns from one."""
+def check_phases(config: ConfigDict) -> None:
+    """Checks what the phases of a recipe say of a teacher and of one another, as far as that takes neither data nor model.
+
+    Raises:
+      UserError: on losses or an intervention that do not exist, a teacher that nothing learns from, a share that is none, or
+        a phase included that is no earlier one.
+    """
     if config.teacher.name and not any(section.losses for _, section in phases_of(config)):
         raise UserError(
             f"teacher.name is {config.teacher.name!r}, but no phase of the recipe has losses: set phases.{config.recipe[-1]}."
             "losses, or leave teacher.name out"
         )
+    before: list[str] = []
+    for name, section in phases_of(config):
+        if section.losses:
+            losses_of(section.losses, f"phases.{name}.losses")
+        elif section.intervention:
+            raise UserError(
+                f"phase {name!r}: an intervention {section.intervention!r} needs a teacher; set its `losses`"
+            )
+        if section.intervention:
+            Interventions.named(section.intervention, ())
+        if not 0 < section.share <= 1:
+            raise UserError(
+                f"phases.{name}.share is {section.share}; give the part of its steps to train, above 0 and up to 1"
+            )
+        if section.including and section.including not in before:
+            raise UserError(f"phase {name!r} includes {section.including!r}, which is no earlier phase of the recipe")
+        before.append(name)
 
 
 def _teacher(phase: Phase, experiment: Classification, trained_before: bool) -> Teacher:
@@ -157,14 +174,7 @@ def shared_out(phase: Phase, share: float) -> Phase:
     Args:
       phase: the whole one.
       share: above 0, at most 1.
-
-    Raises:
-      UserError: on another share.
     """
-    if not 0 < share <= 1:
-        raise UserError(
-            f"phases.{phase.name}.share is {share}; give the part of its steps to train, above 0 and up to 1"
-        )
     if phase.steps > 0:
         return dataclasses.replace(phase, steps=math.ceil(phase.steps * share - _ROUNDED))
     return dataclasses.replace(phase, epochs=phase.epochs * share)
@@ -180,14 +190,12 @@ def remaining_steps(phase: Phase, section: ConfigDict, before: list[Phase], expe
       experiment: the run that they belong to.
 
     Raises:
-      UserError: there is no such phase before it, it is not shorter, or a share that is none.
+      UserError: the earlier phase is not shorter.
     """
     phase = shared_out(phase, section.share)
     if not section.including:
         return phase
-    earlier = next((each for each in before if each.name == section.including), None)
-    if earlier is None:
-        raise UserError(f"phase {phase.name!r} includes {section.including!r}, which is no earlier phase of the recipe")
+    earlier = next(each for each in before if each.name == section.including)
     batches_per_epoch = experiment.batches("train", section.batch_size, shuffle=True, epochs=None).batches_per_epoch
     first, whole = earlier.length(batches_per_epoch), phase.length(batches_per_epoch)
     if first >= whole:
