@@ -71,6 +71,7 @@ def methods() -> dict[str, dict]:
             **AS_PUBLISHED,
             "quant.weight_scheme": "magnitude_int8",
             "quant.weight_bits": bits,
+            "quant.replaced_layers": "uniform",
             "quant.published_evaluation": True,
         }
     found["published_fully8"] = {
@@ -86,8 +87,9 @@ def methods() -> dict[str, dict]:
         one = {"quant.pattern": pattern, "quant.activation_bits": 32}
         found[f"binary_{pattern}"] = {**SIGNS, **one}
         found[f"ir_net_{pattern}"] = {**IR_NET, **one}
-        found[f"published_binary_{pattern}"] = {**one, **AS_PUBLISHED, "quant.weight_scheme": "sign"}
-        found[f"published_ir_net_{pattern}"] = {**one, **AS_PUBLISHED, "quant.weight_scheme": "tanh"}
+        as_published = {**one, **AS_PUBLISHED, "quant.replaced_layers": "normal"}
+        found[f"published_binary_{pattern}"] = {**as_published, "quant.weight_scheme": "sign"}
+        found[f"published_ir_net_{pattern}"] = {**as_published, "quant.weight_scheme": "tanh"}
     return found
 
 
@@ -110,7 +112,7 @@ def method(name: str, small: bool = False, bert: bool = True) -> dict:
         if extra == "latent":
             # The quantized phase has what is left of its epochs behind the first one.
             whole = {"recipe": ("finetune", "qat"), "phases.finetune.epochs": 1.0, "phases.qat.including": "finetune"}
-            fields |= whole
+            fields |= whole | dict.fromkeys(set(fields) & {"quant.replaced_layers"}, "")  # they go on from it
         else:
             fields |= {"model.start": BERT}
     return fields

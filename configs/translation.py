@@ -74,9 +74,14 @@ def methods() -> dict[str, dict]:
                 "quant.pattern": pattern,
                 "quant.weight_scheme": "magnitude_int8",
                 "quant.weight_bits": bits,
+                "quant.replaced_layers": "uniform",
                 "quant.published_evaluation": True,
             }
-        found[f"published_binary_{scope}"] = {**found[f"binary_{scope}"], "quant.weight_scheme": "sign"}
+        found[f"published_binary_{scope}"] = {
+            **found[f"binary_{scope}"],
+            "quant.weight_scheme": "sign",
+            "quant.replaced_layers": "normal",
+        }
         del found[f"published_binary_{scope}"]["quant.weight_scale"]
         del found[f"published_binary_{scope}"]["quant.weight_gradient"]
     found["embedding_8"] = {**DRAWN, "quant.pattern": "attention_embedding", "quant.weight_bits": 8}
@@ -95,6 +100,7 @@ def method(name: str) -> dict:
             fields |= {"recipe": ("finetune", "anneal"), "phases.finetune.epochs": EPOCHS / 2}
         elif extra == "warm" and "recipe" not in fields:
             fields |= {"recipe": ("finetune", "qat"), "phases.finetune.epochs": 4.0, "phases.qat.epochs": EPOCHS - 4.0}
+            fields |= dict.fromkeys(set(fields) & {"quant.replaced_layers"}, "")  # they go on from those
         else:
             choices = "'anneal'" if plain == "full_precision" else "'warm'"
             raise UserError(

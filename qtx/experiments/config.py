@@ -243,6 +243,9 @@ def quantization() -> ConfigDict:
                 "gcn_activation_bits": 8.0,  # of what enters them
             },
             "pattern": "",  # of layers whose weights are quantized, see `qtx.methods.patterns`; '': all weights
+            # Of a model from nothing: layers whose kernels are quantized begin anew, as two studies had it: 'uniform' (their
+            # quantized layers), 'normal' (their binary ones); '': as the model in full precision begins.
+            "replaced_layers": "",
             "weight_estimator": "current_minmax",
             "weight_options": ConfigDict(convert_dict=True),  # fields of the estimator
             "activation_bits": 8,

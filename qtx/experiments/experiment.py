@@ -18,10 +18,12 @@ from ml_collections import ConfigDict
 from qtx import models
 from qtx.analysis.amplify import amplify
 from qtx.errors import UserError, near_misses
+from qtx.experiments.from_config import policy_from
 from qtx.export.packed import WEIGHTS_FILE, load_quantized, save_quantized
 from qtx.export.packed_file import packable
-from qtx.methods.agnews_study import without_quantized_biases
+from qtx.methods.agnews_study import replaced_layers, without_quantized_biases
 from qtx.methods.calibrate import with_frozen_weights
+from qtx.models.text_classifier import started_modules
 from qtx.nn.bert import BertConfig
 from qtx.nn.sites import SiteInfo, list_sites
 from qtx.quant.policy import Policy
@@ -266,6 +268,8 @@ def load_model(
             )
         rates = config.model.sizes.to_dict() | sizes | rates
         pretrained = models.create(config.model.name, num_labels, config.seed, config.model.start, **rates)
+        if config.quant.replaced_layers:
+            pretrained = _with_replaced_layers(pretrained, config)
     else:
         pretrained = models.load(str(directory), num_labels, config.model.fresh_head, config.seed, **rates)
     if config.model.layers:
@@ -276,3 +280,16 @@ def load_model(
         harder = amplify(pretrained.params, pretrained.config, **config.model.amplify)
         pretrained = dataclasses.replace(pretrained, params=harder)
     return pretrained.family.module(config=pretrained.config, dtype=dtype), {}, pretrained
+
+
+def _with_replaced_layers(pretrained: models.Pretrained, config: ConfigDict) -> models.Pretrained:
+    """Returns a model from nothing in which layers that `quant` quantizes begin anew; see `replaced_layers`."""
+    policy = policy_from(config.quant, pretrained.config.num_layers)
+    if policy is None:
+        raise UserError(
+            f"quant.replaced_layers is {config.quant.replaced_layers!r}, but `quant` keeps everything in full precision"
+        )
+    kept = started_modules(pretrained.config) if config.model.start is not None else ()  # type: ignore[arg-type]
+    key = jax.random.key(config.seed)
+    params = replaced_layers(pretrained.params, policy, config.quant.replaced_layers, key, kept)
+    return dataclasses.replace(pretrained, params=params)

@@ -60,6 +60,11 @@ def check_recipe(config: ConfigDict) -> None:
     for name, section in sections:
         optimizer_from(section.optimizer)
         evaluation_from(name, section, lambda phase, variables: {})
+    if config.quant.replaced_layers and sections and not sections[0][1].quantized:
+        raise UserError(
+            f"quant.replaced_layers is {config.quant.replaced_layers!r}, but the recipe begins with {sections[0][0]!r}, in "
+            "full precision, whose layers the quantized ones go on from; leave it empty"
+        )
     check_phases(config)
     sizes = {section.batch_size for _, section in sections}
     if len(sizes) > 1:

@@ -13,17 +13,21 @@ original binarized keys and values for ALL_QK; what is meant here is what the na
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Container, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from qtx.errors import UserError, near_misses
 from qtx.nn.aliases import policy as make_policy
 from qtx.quant.policy import Policy
 from qtx.quant.spec import Spec
 
 FINAL = "wC"
+REPLACEMENTS = ("uniform", "normal")
 # Sites of a pattern by their short names, and those among them that it leaves out.
 PATTERNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "MHA": (("MHA",), ()),
@@ -55,9 +59,52 @@ def without_quantized_biases(params: Mapping[str, Any], policy: Policy) -> dict[
     them (section 3.2).
     """
     flat = traverse_util.flatten_dict(params, sep="/")
-    for name, value in flat.items():
-        module, _, leaf = name.rpartition("/")
-        kernel = "/".join(filter(None, (module, "kernel")))
-        if leaf == "bias" and kernel in flat and policy.spec("weight", kernel) is not None:
-            flat[name] = jnp.zeros_like(value)
+    for module in _quantized_layers(flat, policy):
+        if (bias := f"{module}bias") in flat:
+            flat[bias] = jnp.zeros_like(flat[bias])
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def replaced_layers(
+    params: Mapping[str, Any], policy: Policy, rule: str, key: jax.Array, kept: Container[str] = ()
+) -> dict[str, Any]:
+    """Returns parameters in which every layer with a quantized kernel is drawn anew.
+
+    The study put new layers in the place of those that it quantized (section 3.2) or binarized (section 4.1), and so did
+    "Compressed Transformers"; what the others had been initialised with was lost.
+
+    Args:
+      params: nested parameters.
+      policy: says which kernels are quantized.
+      rule: `'uniform'`: kernel and bias within `1 / sqrt(inputs)` of 0, as quantized layers began; `'normal'`: a kernel of
+        variance `1 / inputs` and no bias, as binarized ones did.
+      key: for what is drawn.
+      kept: names of modules that keep their values: those that come from a checkpoint.
+
+    Raises:
+      UserError: on another rule.
+    """
+    if rule not in REPLACEMENTS:
+        raise UserError(f"unknown quant.replaced_layers {rule!r}{near_misses(rule, REPLACEMENTS)}")
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for number, module in enumerate(sorted(_quantized_layers(flat, policy))):
+        if module.removesuffix("/") in kept:
+            continue
+        kernel, bias = f"{module}kernel", f"{module}bias"
+        of_kernel, of_bias = jax.random.split(jax.random.fold_in(key, number))
+        reach = math.prod(flat[kernel].shape[:-1]) ** -0.5
+        for name, own in ((kernel, of_kernel), (bias, of_bias)):
+            if name not in flat:
+                continue
+            shape, dtype = flat[name].shape, flat[name].dtype
+            if rule == "uniform":
+                flat[name] = jax.random.uniform(own, shape, dtype, -reach, reach)
+            else:
+                flat[name] = reach * jax.random.normal(own, shape, dtype) if name == kernel else jnp.zeros(shape, dtype)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _quantized_layers(flat: Mapping[str, Any], policy: Policy) -> list[str]:
+    """Returns what the names of the parameters of every layer with a quantized kernel begin with."""
+    kernels = (name for name in flat if name.rpartition("/")[2] == "kernel")
+    return [name.removesuffix("kernel") for name in kernels if policy.spec("weight", name) is not None]

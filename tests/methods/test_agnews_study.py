@@ -1,5 +1,6 @@
 """The AG_NEWS study on any encoder, by configuration alone, and how it was evaluated."""
 
+import functools
 import json
 import re
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qtx
 from qtx import quant
 from qtx.errors import UserError
 from qtx.experiments.config import changed
@@ -15,7 +17,7 @@ from qtx.experiments.plan import plan
 from qtx.experiments.run import train_and_evaluate
 from qtx.experiments.setup import setup
 from qtx.experiments.sweep import check_models
-from qtx.methods.agnews_study import PATTERNS, input_policy, without_quantized_biases
+from qtx.methods.agnews_study import PATTERNS, input_policy, replaced_layers, without_quantized_biases
 from qtx.methods.patterns import pattern_policy
 from qtx.nn import BertClassifier, check_policy, list_sites
 from qtx.quant.spec import Spec
@@ -59,6 +61,47 @@ def test_binarized_with_a_latent_epoch_on_another_encoder(tiny_config, tmp_path)
     assert header["model_type"] == "bert" and kernel.dtype == jnp.float32
     rows = (tmp_path / "curves.csv").read_text().splitlines()
     assert any(row.startswith("finetune") for row in rows) and any(row.startswith("qat") for row in rows)
+
+
+@pytest.mark.parametrize("rule", ["uniform", "normal"])
+def test_quantized_layers_begin_anew_and_others_do_not(rule):
+    layer = {"up": {"kernel": jnp.ones((256, 64)), "bias": jnp.ones(64)}, "out": {"kernel": jnp.ones((64, 4))}}
+    before = dict.fromkeys(("first", "second", "kept"), layer) | {"norm": {"scale": jnp.ones(3)}}
+    policy = qtx.policy(weights={"*/up/kernel": quant.binary()})
+    found = replaced_layers(before, policy, rule, jax.random.key(0), kept=("kept/up",))
+    kernel, bias = found["first"]["up"]["kernel"], found["first"]["up"]["bias"]
+    reach = 256**-0.5
+    if rule == "uniform":
+        assert reach * 0.95 < jnp.max(jnp.abs(kernel)) <= reach and 0 < jnp.max(jnp.abs(bias)) <= reach
+        np.testing.assert_allclose(jnp.std(kernel), reach / 3**0.5, rtol=0.03)
+    else:
+        assert not np.any(bias) and jnp.max(jnp.abs(kernel)) > 3 * reach
+        np.testing.assert_allclose(jnp.std(kernel), reach, rtol=0.03)
+    assert np.any(kernel != found["second"]["up"]["kernel"])
+    for name in ("kept/up", "first/out", "norm"):
+        at = functools.reduce(lambda tree, part: tree[part], name.split("/"), found)
+        assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(at))
+    with pytest.raises(UserError, match="quant.replaced_layers 'normla'.*'normal'"):
+        replaced_layers(before, policy, "normla", jax.random.key(0))
+
+
+def test_published_methods_begin_as_published_by_config(tiny_config):
+    config = shrunk("published_binary_FFN", tiny_config)
+    config.model.name, config.model.tokenizer = "text_classifier", config.model.name
+    config.model.sizes = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "classifier_size": 32}
+    own = setup(config).pretrained.params
+    plain = setup(changed(config, {"quant.replaced_layers": ""}, "test")).pretrained.params
+    ffn, plain_ffn = (params["encoder"]["layer_0"]["ffn"]["up"]["kernel"] for params in (own, plain))
+    assert np.any(ffn != plain_ffn) and 0.8 < np.std(ffn) * 32**0.5 < 1.2
+    query, plain_query = (params["encoder"]["layer_0"]["attention"]["query"]["kernel"] for params in (own, plain))
+    np.testing.assert_array_equal(query, plain_query)
+    with pytest.raises(UserError, match="quant.replaced_layers is 'normal', but the recipe begins with 'finetune'"):
+        train_and_evaluate(changed(config, {"recipe": ("finetune", "qat")}, "test"), "nowhere")
+    assert get_config("agnews", "published_w8").quant.replaced_layers == "uniform"
+    assert get_config("agnews", "published_w8+latent").quant.replaced_layers == ""
+    assert get_config("agnews", "w8").quant.replaced_layers == ""
+    assert get_config("translation", "published_binary_all").quant.replaced_layers == "normal"
+    assert get_config("translation", "published_all_4+warm").quant.replaced_layers == ""
 
 
 def test_signs_go_on_from_one_epoch_in_the_small_orderings():
