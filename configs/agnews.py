@@ -112,7 +112,8 @@ def method(name: str, small: bool = False, bert: bool = True) -> dict:
         if extra == "latent":
             # The quantized phase has what is left of its epochs behind the first one.
             whole = {"recipe": ("finetune", "qat"), "phases.finetune.epochs": 1.0, "phases.qat.including": "finetune"}
-            fields |= whole | dict.fromkeys(set(fields) & {"quant.replaced_layers"}, "")  # they go on from it
+            fields |= whole
+            fields.pop("quant.replaced_layers", None)  # quantized layers go on from that epoch
         else:
             fields |= {"model.start": BERT}
     return fields

@@ -100,7 +100,7 @@ def method(name: str) -> dict:
             fields |= {"recipe": ("finetune", "anneal"), "phases.finetune.epochs": EPOCHS / 2}
         elif extra == "warm" and "recipe" not in fields:
             fields |= {"recipe": ("finetune", "qat"), "phases.finetune.epochs": 4.0, "phases.qat.epochs": EPOCHS - 4.0}
-            fields |= dict.fromkeys(set(fields) & {"quant.replaced_layers"}, "")  # they go on from those
+            fields.pop("quant.replaced_layers", None)  # quantized layers go on from those epochs
         else:
             choices = "'anneal'" if plain == "full_precision" else "'warm'"
             raise UserError(

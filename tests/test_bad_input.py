@@ -257,6 +257,7 @@ def test_storage_that_cannot_be_opened(tmp_path, url):
         ({"quant.weight_bits": 32, "quant.activation_bits": 32}, "bad: `quant` keeps everything in full precision"),
         ({"recipe": ("qatt",)}, "'qat'"),
         ({"phases.qat.losses": "ternarybret"}, "bad: phases.qat.losses: unknown set of losses 'ternarybret'"),
+        ({"phases.qat.losses": "logit=1"}, "bad: unknown distillation loss 'logit'"),
         ({"phases.qat.intervention": "map"}, "bad: phase 'qat': an intervention 'map' needs a teacher"),
         ({"phases.qat.intervention": "mop", "phases.qat.losses": "logits=1"}, "bad: unknown intervention 'mop'"),
         ({"phases.qat.optimizer.schedule": "liner"}, "bad: unknown schedule 'liner'"),

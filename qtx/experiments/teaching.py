@@ -17,7 +17,7 @@ from qtx.experiments.classification import Classification
 from qtx.experiments.config import phases_of
 from qtx.experiments.experiment import Experiment
 from qtx.experiments.from_config import parse_overrides
-from qtx.methods.distillation import LOSS_SETS, LOSSES, Teacher, distillation_phase
+from qtx.methods.distillation import LOSS_SETS, LOSSES, Teacher, check_losses, distillation_phase
 from qtx.methods.teacher_intervention import Interventions, intervention_phase, untrained_padding
 from qtx.train.phase import Phase
 
@@ -89,7 +89,7 @@ def check_phases(config: ConfigDict) -> None:
     before: list[str] = []
     for name, section in phases_of(config):
         if section.losses:
-            losses_of(section.losses, f"phases.{name}.losses")
+            check_losses(losses_of(section.losses, f"phases.{name}.losses"))
         elif section.intervention:
             raise UserError(
                 f"phase {name!r}: an intervention {section.intervention!r} needs a teacher; set its `losses`"

@@ -231,6 +231,19 @@ class Side(NamedTuple):
 # --- The objective ---
 
 
+def check_losses(losses: Mapping[str, float]) -> None:
+    """Raises a `UserError` on a loss that does not exist, or a weight that is none; and if all of them are off."""
+    for name, weight in losses.items():
+        if name not in LOSSES:
+            raise UserError(f"unknown distillation loss {name!r}{near_misses(name, LOSSES)}")
+        if not math.isfinite(weight):
+            raise UserError(f"the weight {weight} of the distillation loss {name!r} is no finite number")
+        if weight < 0:
+            raise UserError(f"the weight {weight} of the distillation loss {name!r} is negative; 0 switches it off")
+    if not any(losses.values()):
+        raise UserError(f"no distillation loss has a weight above 0; choose from {', '.join(LOSSES)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Distillation:
     """The objective of a phase with a teacher, whose variables are the phase's `constants`.
@@ -262,15 +275,7 @@ class Distillation:
     collections: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        for name, weight in self.losses.items():
-            if name not in LOSSES:
-                raise UserError(f"unknown distillation loss {name!r}{near_misses(name, LOSSES)}")
-            if not math.isfinite(weight):
-                raise UserError(f"the weight {weight} of the distillation loss {name!r} is no finite number")
-            if weight < 0:
-                raise UserError(f"the weight {weight} of the distillation loss {name!r} is negative; 0 switches it off")
-        if not any(self.losses.values()):
-            raise UserError(f"no distillation loss has a weight above 0; choose from {', '.join(LOSSES)}")
+        check_losses(self.losses)
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"the temperature {self.temperature} of distillation must be above 0, and finite")
         if self.padding not in get_args(Padding):
