@@ -15,10 +15,11 @@ row in full precision and from it the others, one epoch each. Methods are
     full_precision
     attention_B, all_B          B of 8, 4, 2 bits, sign included; 1: -1, 0, 1. Queries, keys and values, or all linear layers
     embedding_8                 queries, keys, values and both tables
-    binary_attention, binary_all  -1, 1; with the divisor of scores that they need, or, `tuned`, with a scale for each layer
+    binary_attention, binary_all  -1, 1, with the divisor of scores that they need; in `tuned` also "scaled", with a scale for
+                                  each layer in place of that divisor
     published_METHOD            as the original did it: B without the sign and wrapping at 8; drawn again at every token
     METHOD+warm                 after four epochs in full precision
-    full_precision+anneal       ten epochs, then ten with a rate that falls to zero; in `tuned` the row that others start from
+    full_precision+decay        24 epochs with a rate that falls to zero; in `tuned` the row that others start from
 
 Weights are rounded at random in training and drawn once for evaluation. `ptq` quantizes a trained model without training.
 Another corpus: `--config.task=iwslt14`, `tatoeba`, or `parallel` with `--config.data.pairs.train="('a.en', 'a.de')"` and
@@ -35,7 +36,7 @@ from memory, in lower case and Moses tokens, where ours is 35.7. Expected of `tu
 from ml_collections import ConfigDict
 
 from qtx.errors import UserError, near_misses
-from qtx.experiments.config import base, changed, phase, sweeping
+from qtx.experiments.config import base, changed, sweeping
 
 DRAWN = {
     "quant.weight_rounding": "stochastic",
@@ -96,13 +97,13 @@ def method(name: str) -> dict:
         raise UserError(f"configs/translation.py: unknown method {plain!r}{near_misses(plain, known)}")
     fields = dict(known[plain])
     for extra in extras:
-        if extra == "anneal" and plain == "full_precision":
-            fields |= {"recipe": ("finetune", "anneal"), "phases.finetune.epochs": EPOCHS / 2}
+        if extra == "decay" and plain == "full_precision":
+            fields |= {"phases.finetune.epochs": 24.0, "phases.finetune.optimizer.schedule": "linear"}
         elif extra == "warm" and "recipe" not in fields:
             fields |= {"recipe": ("finetune", "qat"), "phases.finetune.epochs": 4.0, "phases.qat.epochs": EPOCHS - 4.0}
             fields.pop("quant.replaced_layers", None)  # quantized layers go on from those epochs
         else:
-            choices = "'anneal'" if plain == "full_precision" else "'warm'"
+            choices = "'decay'" if plain == "full_precision" else "'warm'"
             raise UserError(
                 f"configs/translation.py: {plain} does not go with {extra!r}; choose from {choices}, 'base'"
             )
@@ -112,13 +113,13 @@ def method(name: str) -> dict:
 def tuned(name: str) -> dict:
     """Returns the fields of a method that starts from the row in full precision."""
     if name == "full_precision":
-        return method("full_precision+anneal")
-    fields = method(name)
-    if name.startswith("binary"):
+        return method("full_precision+decay")
+    fields = method(name.removesuffix(" scaled"))
+    if name.endswith(" scaled"):
         del fields["model.sizes"]
         fields["quant.weight_scale"] = "mean"
     rate = {"phases.qat.optimizer.schedule": "linear", "phases.qat.optimizer.learning_rate": 5e-4}
-    return {**fields, **rate, "phases.qat.optimizer.warmup_steps": 50, "phases.qat.epochs": 1.0}
+    return {**fields, **rate, "phases.qat.optimizer.warmup_steps": 100, "phases.qat.epochs": 1.0}
 
 
 EPOCHS = 20.0
@@ -144,6 +145,8 @@ ORDERINGS = (
     ("full_precision", ">", "binary_all"),
     ("binary_attention", ">", "binary_all"),
 )
+SCALED_ORDERINGS = tuple((f"{name} scaled", ">", name) for name in ("binary_attention", "binary_all"))
+SCALED = {"binary_attention scaled": None, "binary_all scaled": None}  # rows of `tuned` that were not published
 TINY = {
     "hidden_size": 128,
     "num_heads": 4,
@@ -174,13 +177,15 @@ def get_config(arg: str = "full_precision"):
         config.translation.update(tokenizer="words", divisor="rows", published_bleu=True, beam=1)
         config.data.plan = "published"
     else:
-        config.model.hidden_dropout, config.model.attention_dropout = 0.2, 0.1
+        config.model.hidden_dropout, config.model.attention_dropout = 0.15, 0.1
         config.translation.update(vocabulary=4000, limit=64)
     width, warm = (512, 4000) if published else (TINY["hidden_size"], 800)
-    config.phases.anneal = phase()
-    for section in (config.phases.finetune, config.phases.anneal, config.phases.qat):
+    for section in (config.phases.finetune, config.phases.qat):
         section.update(
-            batch_size=1500 if published else 2500, epochs=EPOCHS, evaluate_every=1.0, keep_best=not published
+            batch_size=1500 if published else 1250,
+            epochs=EPOCHS,
+            evaluate_every=1.0 if published else 2.0,
+            keep_best=not published,
         )
         section.optimizer.update(
             learning_rate=(width * warm) ** -0.5,
@@ -191,17 +196,15 @@ def get_config(arg: str = "full_precision"):
             eps=1e-9,
             max_grad_norm=0.0,
         )
-    config.phases.anneal.epochs = EPOCHS / 2
-    config.phases.anneal.optimizer.update(learning_rate=1.5e-3, schedule="linear", warmup_steps=100)
     if arg in ("multi30k", "tuned"):
         rows = tuple(
             dict(
                 name=name,
                 changes=tuned(name) if arg == "tuned" else method(name),
                 start="full_precision" if arg == "tuned" and name != "full_precision" else "",
-                published={"multi30k": score},
+                published={} if score is None else {"multi30k": score},
             )
-            for name, score in PUBLISHED.items()
+            for name, score in (PUBLISHED | (SCALED if arg == "tuned" else {})).items()
         )
         config.save_models = arg == "tuned"  # the others start from one of them
         config.sweep = sweeping(
@@ -212,7 +215,7 @@ def get_config(arg: str = "full_precision"):
             seeds=(1000, 1001, 1002),
             metric="test_bleu",
             near=1.0,
-            orderings=ORDERINGS,
+            orderings=ORDERINGS + (SCALED_ORDERINGS if arg == "tuned" else ()),
         )
         return config
     if arg == "ptq":

@@ -239,6 +239,7 @@ def quantization() -> ConfigDict:
                 "weight_scale": "row",  # 'tensor': the older code
                 "low_bit_act_scale": "token",  # 'tensor': the older code
                 "attention_act_32": "off",  # 'eight_bit', as published
+                "linear_bias": True,  # False: the older code, in which biases of quantized layers are never added
                 "gcn_states": 0,  # of the weights of graph convolutions beside the encoder; 0: in full precision
                 "gcn_activation_bits": 8.0,  # of what enters them
             },

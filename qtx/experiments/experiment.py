@@ -210,12 +210,20 @@ def family_and_sizes(section: ConfigDict) -> tuple[models.Family, models.ModelCo
         raise UserError(
             f"model.start is for models made from nothing, but {section.name} is a checkpoint; leave it out"
         )
-    family, config = models.read_config(models.locate(section.name))
+    directory = models.locate(section.name)
+    family, config = models.read_config(directory)
+    changed = {} if (directory / WEIGHTS_FILE).is_file() else _changed(section, config)
     for name, value in sizes.items():
-        if getattr(config, name, None) != value:
+        if name not in changed and getattr(config, name, None) != value:
             has = f"has {getattr(config, name)!r}" if hasattr(config, name) else "has no such field"
             raise UserError(f"model.sizes says {name} {value!r}, but the checkpoint {section.name} {has}; leave it out")
-    return family, config
+    return family, dataclasses.replace(config, **changed)
+
+
+def _changed(section: ConfigDict, config: models.ModelConfig) -> dict[str, Any]:
+    """Returns the fields in `model.sizes` that a checkpoint with this configuration may be given another value of."""
+    changeable = getattr(config, "changeable", ())
+    return {name: value for name, value in section.sizes.items() if name in changeable}
 
 
 def check_model(section: ConfigDict, model_parallel: int) -> Mesh:
@@ -271,6 +279,7 @@ def load_model(
         if config.quant.replaced_layers:
             pretrained = _with_replaced_layers(pretrained, config)
     else:
+        rates |= _changed(config.model, models.read_config(directory)[1])
         pretrained = models.load(str(directory), num_labels, config.model.fresh_head, config.seed, **rates)
     if config.model.layers:
         pretrained = models.keep_layers(pretrained, tuple(config.model.layers))

@@ -273,7 +273,9 @@ def _bit_policy(section: ConfigDict) -> Policy:
         _refuse(section, unread, "quant.bit.states is 0, full precision")
     if not bit.gcn_states:
         _refuse(section, ("bit.gcn_activation_bits",), "quant.bit.gcn_states is 0, full precision")
-    return bit_policy(**bit.to_dict() | {"attention": bit.attention and bit.states > 0})
+    fields = bit.to_dict() | {"attention": bit.attention and bit.states > 0}
+    del fields["linear_bias"]  # of the parameters, not of a site
+    return bit_policy(**fields)
 
 
 def _student_policy(section: ConfigDict, weights: Spec | None) -> Policy:

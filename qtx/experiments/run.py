@@ -29,6 +29,7 @@ from qtx.experiments.teaching import check_phases, remaining_steps, taught
 from qtx.export.packed import save_quantized
 from qtx.files import write_text
 from qtx.methods.adaround import adaround, layers_to_round
+from qtx.methods.bit_transformer import without_linear_bias
 from qtx.methods.calibrate import calibrate, with_frozen_weights
 from qtx.methods.layer_rounding import AdaRound
 from qtx.methods.norm_migration import links
@@ -36,7 +37,7 @@ from qtx.methods.outlier_suppression import OutlierSuppression, suppress
 from qtx.methods.qat import qat_phase
 from qtx.nn.describe import describe
 from qtx.nn.sites import SiteInfo, check_policy
-from qtx.quant.policy import Policy
+from qtx.quant.policy import Policy, matches
 from qtx.train.evaluation import Record
 from qtx.train.logging import read_metrics
 from qtx.train.loop import Saving, fit
@@ -60,11 +61,13 @@ def check_recipe(config: ConfigDict) -> None:
     for name, section in sections:
         optimizer_from(section.optimizer)
         evaluation_from(name, section, lambda phase, variables: {})
-    if config.quant.replaced_layers and sections and not sections[0][1].quantized:
-        raise UserError(
-            f"quant.replaced_layers is {config.quant.replaced_layers!r}, but the recipe begins with {sections[0][0]!r}, in "
-            "full precision, whose layers the quantized ones go on from; leave it empty"
-        )
+    own = {"replaced_layers": config.quant.replaced_layers, "bit.linear_bias": config.quant.bit.linear_bias}
+    for field, default in (("replaced_layers", ""), ("bit.linear_bias", True)):
+        if own[field] != default and sections and not sections[0][1].quantized:
+            raise UserError(
+                f"quant.{field} is {own[field]!r}, but the recipe begins with {sections[0][0]!r}, in full precision, whose "
+                f"layers the quantized ones go on from; leave it at {default!r}"
+            )
     check_phases(config)
     sizes = {section.batch_size for _, section in sections}
     if len(sizes) > 1:
@@ -109,6 +112,8 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
                 raise UserError(f"phase {name!r} is quantized, but `quant` keeps everything in full precision")
             policy = experiment.adapted(policy)
             check_policy(policy, experiment.sites())
+            if not config.quant.bit.linear_bias:
+                options["trainable"] = _trained_without_biases(experiment, policy, options["trainable"])
             phase = qat_phase(
                 name,
                 experiment.model,
@@ -128,6 +133,12 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
         phase = taught(phase, section, experiment, any(each.model.policy is None for each in recipe))
         recipe.append(remaining_steps(phase, section, recipe, experiment))
     return recipe, policy
+
+
+def _trained_without_biases(experiment: Experiment, policy: Policy, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of parameters that match a pattern, without the biases of quantized layers."""
+    _, names = without_linear_bias(experiment.variables["params"], policy)
+    return tuple(name for name in names if any(matches(pattern, name) for pattern in patterns))
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -177,10 +188,13 @@ def train(experiment: Experiment, workdir: str | Path) -> dict[str, Any]:
         clock = time.perf_counter()
         write_text(workdir / f"result_{phase.name}.json", json.dumps(found[phase.name] | {"step": step}, indent=2))
 
+    initial = experiment.variables
+    if policy is not None and not config.quant.bit.linear_bias:
+        initial = {**initial, "params": without_linear_bias(initial["params"], policy)[0]}
     variables = fit(
         recipe,
         batches,
-        experiment.variables,
+        initial,
         experiment.mesh,
         workdir,
         config.seed,
@@ -297,6 +311,8 @@ def quantize(config: ConfigDict, workdir: str | Path, compare: bool = True) -> d
     save_config(config, workdir)
     params = experiment.pretrained.params
     before = experiment.evaluate(experiment.model, {"params": params}) if compare else {}
+    if not config.quant.bit.linear_bias:
+        params, _ = without_linear_bias(params, policy)
     quantized = post_training_quantization(experiment, params, policy, batches, rounding, suppression)
     after = experiment.evaluate(quantized.model, quantized.variables)
     family, sizes, policy = experiment.pretrained.family, quantized.config, quantized.policy

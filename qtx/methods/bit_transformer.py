@@ -141,7 +141,7 @@ def without_linear_bias(params: Mapping[str, Any], policy: Policy) -> tuple[dict
         kernel = f"{module}/kernel"
         return leaf == "bias" and kernel in flat and policy.spec("weight", kernel) is not None
 
-    return without_quantized_biases(params, policy), tuple(f"params/{name}" for name in flat if not dropped(name))
+    return without_quantized_biases(params, policy), tuple(name for name in flat if not dropped(name))
 
 
 def _check(what: str, value: Any, options: tuple[str, ...]) -> None:

@@ -45,10 +45,10 @@ def smoothed_kl(logits: jax.Array, labels: jax.Array, smoothing: float, pad: int
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     share = smoothing / (logits.shape[-1] - 2)
     entropy = sum(q * math.log(q) for q in (1 - smoothing, smoothing) if q) - smoothing * math.log(logits.shape[-1] - 2)
-    # All words by one sum: q, which is as large as the logits, is never made.
-    label = jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
-    others = jnp.sum(logits, -1) - logits[..., pad] - label
-    cross = jax.nn.logsumexp(logits, -1) - (1 - smoothing) * label - share * others
+    # q is a function of the index, which fuses into the sum and its gradient; a gather of the label has a scatter behind it.
+    words = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
+    q = jnp.where(words == labels[..., None], 1 - smoothing, jnp.where(words == pad, 0.0, share))
+    cross = jax.nn.logsumexp(logits, -1) - jnp.sum(q * logits, -1)
     return jnp.where(labels == pad, 0.0, entropy + cross)
 
 

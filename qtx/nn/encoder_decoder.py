@@ -71,7 +71,7 @@ class EncoderDecoderConfig:
       tied: which of source table, target table and generator matrix are one: `'none'`, `'target'` (target table and
         generator) or `'all'` (of a joint vocabulary).
       scores: divisor of the attention scores: `'sqrt'`, the root of a head's width; `'25d'`, 25 times that width, which the
-        published binarized models need.
+        published binarized models need. A checkpoint can be loaded with another one.
 
     Raises:
       UserError: if a field has a value that does not exist, heads do not divide the width, the width is odd, or vocabularies of
@@ -96,6 +96,8 @@ class EncoderDecoderConfig:
     eos_token_id: int = 3
     tied: Literal["none", "target", "all"] = "none"
     scores: Literal["sqrt", "25d"] = "sqrt"
+
+    changeable: ClassVar[tuple[str, ...]] = ("scores",)  # no parameter depends on them
 
     def __post_init__(self):
         for name in _COUNTS:

@@ -119,6 +119,26 @@ def test_smoke(run, tmp_path):
     assert (tmp_path / "quantized").is_dir()
 
 
+@pytest.mark.parametrize("method", ["", "dynamic"])
+def test_the_older_code_adds_no_biases_in_quantized_layers(run, tmp_path, method):
+    tiny, *_ = run
+    config = copy.deepcopy(tiny)
+    config.bittransgnn.method, config.quant.bit.linear_bias, config.phases.qat.epochs = method, False, 1.0
+    found = flat(train_and_evaluate(config, tmp_path)["params"])
+    biases = {name: np.any(value) for name, value in found.items() if name.endswith("/bias")}
+    quantized = {name for name in biases if "/norm/" not in name and not name.startswith("gcn/")}
+    assert quantized and {name for name in biases if not biases[name]} == quantized
+    kernel = "encoder/layer_0/ffn/up/kernel"
+    assert np.any(found[kernel] != flat(setup(config).variables["params"])[kernel])
+
+
+def test_biases_that_a_phase_in_full_precision_trains_cannot_be_left_out(run, tmp_path):
+    config = copy.deepcopy(run[0])
+    config.bittransgnn.method, config.quant.bit.linear_bias, config.recipe = "", False, ("finetune", "qat")
+    with pytest.raises(UserError, match="quant.bit.linear_bias is False, but the recipe begins with 'finetune'"):
+        train_and_evaluate(config, tmp_path)
+
+
 def flat(tree):
     return {name: np.asarray(value) for name, value in traverse_util.flatten_dict(tree, sep="/").items()}
 

@@ -220,6 +220,37 @@ def trained_config(trained):
     return config
 
 
+def test_a_checkpoint_goes_on_with_another_divisor_of_scores(trained):
+    config = trained_config(trained)
+    before = setup(config)
+    config.model.sizes = {"scores": "25d"}
+    after = setup(config)
+    assert (before.pretrained.config.scores, after.pretrained.config.scores) == ("sqrt", "25d")
+    batch = before.first_batches(1, 4)[0]
+    args = batch["source_ids"], batch["target_ids"]
+    logits = [each.model.apply(before.variables, *args).logits for each in (before, after)]
+    assert not np.allclose(*logits)
+    for sizes, named in (
+        ({"scores": "cube"}, "unknown scores 'cube'"),
+        ({"num_layers": 2}, "num_layers 2, but the checkpoint"),
+    ):
+        config.model.sizes = sizes
+        with pytest.raises(UserError, match=named):
+            setup(config)
+    config.model.name, config.model.sizes = str(trained[1] / "quantized"), {"scores": "25d"}
+    with pytest.raises(UserError, match="scores '25d', but the checkpoint .* has 'sqrt'"):  # its ranges are of other scores
+        setup(config)
+
+
+def test_rows_that_start_from_full_precision():
+    rows = {row["name"]: row for row in get_config("translation", "tuned").sweep.rows}
+    assert all(row["start"] == "full_precision" for name, row in rows.items() if name != "full_precision")
+    plain, scaled = (rows[name]["changes"] for name in ("binary_all", "binary_all scaled"))
+    assert plain["model.sizes"] == {"scores": "25d"} and plain["quant.weight_scale"] == "one"
+    assert "model.sizes" not in scaled and scaled["quant.weight_scale"] == "mean"
+    assert rows["binary_all"]["published"] and not rows["binary_all scaled"]["published"]
+
+
 def test_further_tests_are_evaluated_at_the_end_alone(trained, corpus, tmp_path, capsys):
     folder = tmp_path / "multi30k"
     folder.mkdir()

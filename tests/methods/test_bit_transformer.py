@@ -90,7 +90,7 @@ def test_biases_of_the_older_code_are_zero_and_not_trained():
     assert not np.any(dropped["classifier"]["bias"]) and not np.any(dropped["encoder"]["layer_0"]["ffn"]["up"]["bias"])
     norm = dropped["encoder"]["embeddings"]["norm"]["bias"]
     np.testing.assert_array_equal(norm, params["encoder"]["embeddings"]["norm"]["bias"])
-    assert "params/encoder/embeddings/norm/bias" in trainable and "params/classifier/kernel" in trainable
+    assert "encoder/embeddings/norm/bias" in trainable and "classifier/kernel" in trainable
     assert len(jax.tree.leaves(params)) - len(trainable) == 8
     _, every = without_linear_bias(params, Policy())
     assert len(every) == len(jax.tree.leaves(params))

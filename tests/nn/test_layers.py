@@ -9,7 +9,7 @@ import pytest
 from qtx import quant
 from qtx.errors import UserError
 from qtx.nn import Dense, Embed, LayerNorm, policy
-from qtx.nn.layers import dropout
+from qtx.nn.layers import dropout, hashed_bits
 
 rng = np.random.default_rng(0)
 
@@ -147,17 +147,72 @@ def test_groups_that_do_not_divide(groups, width, features):
         jax.eval_shape(Dense(features, groups=groups).init, jax.random.key(0), jnp.zeros((1, width)))
 
 
+class Dropped(nn.Module):
+    rate: float = 0.25
+
+    @nn.compact
+    def __call__(self, x):
+        return dropout(self, x, self.rate, False)
+
+
+def dropped(x, key, rate=0.25):
+    return Dropped(rate).apply({}, x, rngs={"dropout": key})
+
+
 @pytest.mark.parametrize("width", [6, 5, 1])
 def test_dropout_draws_every_element_by_itself_at_its_rate(width):
-    class Dropped(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return dropout(self, x, 0.25, False)
-
-    x = jnp.ones((4000, width))
-    y = np.asarray(Dropped().apply({}, x, rngs={"dropout": jax.random.key(0)}))
+    y = np.asarray(dropped(jnp.ones((4000, width)), jax.random.key(0)))
     gone = y == 0
     np.testing.assert_allclose(y[~gone], 1 / 0.75, rtol=1e-6)
     np.testing.assert_allclose(gone.mean(0), 0.25, atol=0.03)  # four standard deviations
-    if width > 1:  # both halves of a word, and neighbouring words
+    if width > 1:  # neighbours in a row
         np.testing.assert_allclose(np.corrcoef(gone.T) - np.eye(width), 0, atol=0.07)
+
+
+@pytest.mark.parametrize("impl", ["rbg", "threefry2x32"])
+def test_hashed_bits_are_even_and_independent_of_one_another(impl):
+    keys = [jax.random.fold_in(jax.random.key(0, impl=impl), i) for i in range(3)]
+    bits = [np.asarray(hashed_bits(key, (2, 64, 512))) for key in keys]
+    ones = np.stack([np.unpackbits(b.view(np.uint8)).reshape(-1, 32) for b in bits])
+    deviation = 0.5 / np.sqrt(2**16)
+    np.testing.assert_allclose(ones.mean(1), 0.5, atol=5 * deviation)  # each of 32 bits, for each key
+    np.testing.assert_allclose(np.corrcoef(ones[0].T) - np.eye(32), 0, atol=10 * deviation)
+    uniform = np.stack(bits).reshape(3, -1) / 2**32
+    for lag in (1, 2, 64, 512, 2**15):  # neighbours, rows, sequences
+        assert abs(np.corrcoef(uniform[0, lag:], uniform[0, :-lag])[0, 1]) < 5 / np.sqrt(2**16 - lag), lag
+    np.testing.assert_allclose(np.corrcoef(uniform) - np.eye(3), 0, atol=5 / 2**8)  # keys
+    counts = np.histogram(uniform, 256)[0]
+    assert np.sum((counts - counts.mean()) ** 2 / counts.mean()) < 255 + 5 * np.sqrt(2 * 255)  # chi squared
+
+
+def test_hashed_bits_come_by_position():
+    key = jax.random.key(3)
+    flat = hashed_bits(key, (60,))
+    np.testing.assert_array_equal(hashed_bits(key, (3, 4, 5)).ravel(), flat)
+    assert int(hashed_bits(key, ())) == int(flat[0])
+    assert hashed_bits(key, (0, 4)).shape == (0, 4)
+    assert np.all(np.asarray(hashed_bits(jax.random.key(4), (60,)) != flat))
+
+
+@pytest.mark.parametrize("rate", [1e-4, 0.5, 1 - 1e-4, np.nextafter(1.0, 0)])
+def test_dropout_at_the_ends_of_its_range(rate):
+    y = np.asarray(dropped(jnp.ones((400, 1000)), jax.random.key(1), rate))
+    assert np.all(np.isfinite(y))
+    assert abs(np.mean(y == 0) - rate) <= 5 * np.sqrt(rate * (1 - rate) / y.size) + 1e-9
+
+
+def test_gradients_are_dropped_with_their_elements():
+    x, key = jnp.arange(1.0, 201.0).reshape(20, 10), jax.random.key(2)
+    y, back = jax.vjp(lambda x: dropped(x, key, 0.4), x)
+    np.testing.assert_allclose(back(jnp.ones_like(y))[0], np.asarray(y) / np.asarray(x), rtol=1e-6)
+    zero = jax.vjp(lambda x: dropped(x, key, 0.4), jnp.full((20, 10), jnp.inf))  # a dropped infinity leaves no NaN
+    assert not np.any(np.isnan(zero[0])) and not np.any(np.isnan(zero[1](jnp.ones((20, 10)))[0]))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6), (2, 3, 2, 6), (6,), (0, 6)])
+def test_dense_maps_the_last_axis_of_any_shape(shape):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    layer = Dense(5)
+    variables = layer.init(jax.random.key(0), x)
+    kernel = np.asarray(variables["params"]["kernel"])
+    np.testing.assert_allclose(layer.apply(variables, x), np.asarray(x) @ kernel, atol=1e-6)
