@@ -26,7 +26,7 @@ from qtx.experiments import run
 from qtx.experiments.analyze import analyze
 from qtx.experiments.augment import augment
 from qtx.experiments.compare import compare
-from qtx.experiments.config import analysis, base, changed, quantization, sweeping
+from qtx.experiments.config import analysis, base, changed, quantization, sweeping, unknown_field
 from qtx.experiments.from_config import policy_from, suppression_from
 from qtx.experiments.graph import build as build_graph
 from qtx.experiments.plan import parse_axis, parse_range, parse_seeds
@@ -238,6 +238,15 @@ def test_sweep_section(tmp_path, fields, named):
 def test_sweep_without_a_section_or_with_an_unknown_field(tmp_path):
     assert "section `sweep`" in message(sweep, base(), tmp_path)
     assert "'seeds'" in message(sweeping, seed=(1, 2))
+
+
+@pytest.mark.parametrize("name", ["analyses", "analysis.memory.tokens", "sweep.seeds", "rows"])
+def test_a_section_that_other_configurations_have(name):
+    section, said = name.partition(".")[0], unknown_field(base(), name)
+    assert f"no {section!r}" in said
+    file = re.search(r"configs/(\w+)\.py", said)
+    text = (ROOT / file[0]).read_text()
+    assert f"config.{section} = " in text or f"config.{section}, " in text
 
 
 @pytest.mark.parametrize(

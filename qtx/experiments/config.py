@@ -363,8 +363,19 @@ def unknown_field(config: ConfigDict, name: str) -> str:
         whole = ".".join(name.split(".")[:number])
         if number and _holds_options(whole):  # the flags know no others, and a mapping would not reach them
             return f"{whole} has {', '.join(section)} here, and gets no other option but in the config file or by a row"
+        if not number and part in _ADDED:
+            return f"this configuration has no {part!r}; {_ADDED[part]} has, with everything that {part!r} goes with"
         return f"there is no field {name!r}{near_misses(name, _names(config))}"
     return ""
+
+
+# Sections that some configurations have, and one that does.
+_ADDED = {
+    "analyses": "configs/analyze.py",
+    "analysis": "configs/analyze.py",
+    "sweep": "configs/results.py:rte",
+    "rows": "configs/quickstart.py",
+}
 
 
 def _names(config: ConfigDict, prefix: str = "") -> list[str]:

@@ -111,20 +111,26 @@ def _plot_sizes(models: Sequence[tuple[str, Cell]], path: Path, metric: str) -> 
 
 
 def _along(cells: Sequence[Cell], axis: str, one_row: bool) -> dict[str, dict[str, Series]]:
-    """Returns medians along an axis of numbers, with the spread of the seeds, by figure and line; none for another axis."""
-    cells = [cell for cell in cells if cell.labels[axis] != ANY]
+    """Returns medians along an axis of numbers, with the spread of the seeds, by figure and line; none for another axis.
+
+    A row that ignores the axis is level, from one end to the other.
+    """
     try:
-        numbers = {cell.labels[axis]: float(cell.labels[axis]) for cell in cells}
+        numbers = {cell.labels[axis]: float(cell.labels[axis]) for cell in cells if cell.labels[axis] != ANY}
     except ValueError:
         return {}
+    if len(numbers) < 3:
+        return {}
+    ends = min(numbers.values()), max(numbers.values())
     found: dict[str, dict[str, list[tuple[float, ...]]]] = {}
-    for cell in cells if len(numbers) > 2 else ():
+    for cell in cells:
         if cell.median is not None:
             others = ",".join(label.replace("/", ",") for name, label in cell.labels.items() if name != axis)
             figure, line = ("", others or cell.row) if one_row else (others and f"_{others}", cell.row)
             spread = min(cell.scores.values()), max(cell.scores.values())
             lines = found.setdefault(f"along_{axis.rpartition('.')[-1]}{figure}.png", {})
-            lines.setdefault(line, []).append((numbers[cell.labels[axis]], cell.median, *spread))
+            places = ends if cell.labels[axis] == ANY else (numbers[cell.labels[axis]],)
+            lines.setdefault(line, []).extend((place, cell.median, *spread) for place in places)
     return {
         figure: {line: Series(*zip(*values, strict=True)) for line, values in lines.items()}
         for figure, lines in found.items()

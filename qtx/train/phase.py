@@ -90,7 +90,8 @@ class Phase:
       objective: what is minimised: `(forward, batch, constants) -> (loss sum, weight sum)`; see `Forward`. A third part of
         the result, a dict of sums such as those of single losses, is measured and logged as `loss_NAME`, a fourth as `NAME`.
       constants: arrays for the objective, such as a teacher's parameters.
-      trainable: patterns over names of parameters (`encoder/**`); what matches none is frozen. Learned ranges are always trained.
+      trainable: patterns over names of parameters, such as `gcn/**`; what matches none is frozen. Learned ranges are always
+        trained.
       prepare: makes the `ranges` collection at the start of the phase from the model and its parameters (calibration);
         None keeps the ranges of the phase before.
       update_ranges: re-estimate static ranges during training.

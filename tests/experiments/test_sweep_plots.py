@@ -100,6 +100,18 @@ def test_an_axis_of_numbers_has_a_line_for_each_row(drawn, tmp_path, monkeypatch
     assert drawn["along_weight_bits.png"] == ["rte", "mrpc"]
 
 
+def test_a_row_that_ignores_the_axis_is_level(tmp_path, monkeypatch):
+    axis, found = "quant.weight_bits", {}
+    monkeypatch.setattr(sweep_plots, "plot_accuracy_against_size", lambda *args, **options: None)
+    monkeypatch.setattr(sweep_plots, "plot_series", lambda lines, path, **options: found.update({path.name: lines}))
+    rows = ({"name": "alone", "entry": "quantize", "ignores": (axis,)}, {"name": "low", "entry": "quantize"})
+    plots(tmp_path, grid=((axis, (4, 8, 6)),), rows=rows)()
+    lines = found["along_weight_bits.png"]
+    assert set(lines) == {"alone", "low"}
+    assert list(lines["alone"].x) == [4.0, 8.0] and sorted(lines["low"].x) == [4.0, 6.0, 8.0]
+    assert len(set(lines["alone"].y)) == 1
+
+
 def test_the_first_seed_that_is_done_counts(drawn, tmp_path):
     draw = plots(tmp_path, done=("full/seed_2", "low/seed_1"))
     (tmp_path / "low/seed_1/curves.csv").unlink()

@@ -238,7 +238,7 @@ def test_a_checkpoint_goes_on_with_another_divisor_of_scores(trained):
         with pytest.raises(UserError, match=named):
             setup(config)
     config.model.name, config.model.sizes = str(trained[1] / "quantized"), {"scores": "25d"}
-    with pytest.raises(UserError, match="scores '25d', but the checkpoint .* has 'sqrt'"):  # its ranges are of other scores
+    with pytest.raises(UserError, match="scores '25d', but the checkpoint .* has 'sqrt'"):  # of which its ranges are
         setup(config)
 
 
