@@ -14,7 +14,8 @@ The model that the course project "Compressed Transformers" (2020) quantized and
     decoder/layer_i/ffn/..., decoder/norm/{scale,output}
     generator/{kernel,input,output}                                                    the logits
 
-With `tied` the generator has no kernel: its matrix is a table.
+With `tied` the generator has no kernel: its matrix is a table, which begins with deviation 1/sqrt(D), so that words are as
+large as positions in the sum (untied ones begin as published, a quarter of that at the sizes of `configs/translation.py`).
 
 Padding masks follow from the ids. `start`, `empty_cache` and `step` decode one token at a time, with the sites and ranges
 of the whole model: the logits of a step are those of a forward pass over all tokens so far, but for activation ranges that
@@ -164,7 +165,9 @@ class Embeddings(Block):
 
     def setup(self):
         if self.shared is None:
-            self.word = Embed(self.count, self.config.hidden_size, XAVIER, self.dtype, self.policy, name="word")
+            c = self.config
+            init = XAVIER if c.tied == "none" else nn.initializers.normal(c.hidden_size**-0.5)
+            self.word = Embed(self.count, c.hidden_size, init, self.dtype, self.policy, name="word")
         else:
             self.word = self.shared
 

@@ -251,6 +251,15 @@ def test_initial_values():
     assert len(biases) == sum(path.endswith("bias") and "norm" not in path for path in found)
 
 
+@pytest.mark.parametrize("tied", ["target", "all"])
+def test_tables_that_the_generator_shares_begin_as_wide_as_positions(tied):
+    config = dataclasses.replace(SMALL, source_vocab_size=500, target_vocab_size=500, hidden_size=64, tied=tied)
+    found = EncoderDecoder(config).init(jax.random.key(0), SOURCE, TARGET)["params"]
+    for side in ("encoder",) if tied == "all" else ("encoder", "decoder"):
+        table = np.asarray(found[side]["embeddings"]["word"]["table"])
+        np.testing.assert_allclose(table.std() * 64**0.5, 1, rtol=0.02)  # in the sum, beside sines of 0.7
+
+
 def test_training_draws_dropout():
     @jax.jit
     def train(key):
