@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from qtx import models
 from qtx.data.parallel import FURTHER_TESTS
 from qtx.errors import UserError, near_misses
-from qtx.experiments.config import defaults_of, phases_of
+from qtx.experiments.config import defaults_of, field_of, phases_of
 from qtx.experiments.experiment import LABELLED, VALIDATION, Experiment
 from qtx.experiments.from_config import evaluation_from, optimizer_from, policy_from, rounding_from, suppression_from
 from qtx.experiments.setup import setup
@@ -61,11 +61,11 @@ def check_recipe(config: ConfigDict) -> None:
     for name, section in sections:
         optimizer_from(section.optimizer)
         evaluation_from(name, section, lambda phase, variables: {})
-    own = {"replaced_layers": config.quant.replaced_layers, "bit.linear_bias": config.quant.bit.linear_bias}
     for field, default in (("replaced_layers", ""), ("bit.linear_bias", True)):
-        if own[field] != default and sections and not sections[0][1].quantized:
+        value = field_of(config.quant, field)
+        if value != default and sections and not sections[0][1].quantized:
             raise UserError(
-                f"quant.{field} is {own[field]!r}, but the recipe begins with {sections[0][0]!r}, in full precision, whose "
+                f"quant.{field} is {value!r}, but the recipe begins with {sections[0][0]!r}, in full precision, whose "
                 f"layers the quantized ones go on from; leave it at {default!r}"
             )
     check_phases(config)
