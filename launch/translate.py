@@ -4,7 +4,7 @@
     echo "Two dogs play in the snow." | python launch/translate.py --model=runs/en_de/quantized
 
 Every line is a sentence, and line n of the output translates line n of the input; an empty one stays empty. The output is
-written when everything is translated.
+written when everything is translated; a command that was interrupted goes on where it was.
 """
 
 from absl import flags

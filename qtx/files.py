@@ -1,12 +1,15 @@
-"""Files that readers see whole or not at all, even if the process dies while they are written."""
+"""Files that readers see whole or not at all, even if the process dies while they are written; names for what they are of."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -36,3 +39,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a UTF-8 text file, whole or not at all, with line ends as they are."""
     with whole_file(path) as temporary:
         temporary.write_bytes(text.encode("utf-8"))
+
+
+def checksum(contents: Iterable[str | np.ndarray]) -> str:
+    """Returns a name for all that decides what a file will hold, texts and arrays in their order: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(content.encode() if isinstance(content, str) else np.ascontiguousarray(content).tobytes())
+    return digest.hexdigest()[:16]

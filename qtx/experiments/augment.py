@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import time
@@ -21,7 +20,7 @@ from qtx import data, models
 from qtx.data.augmentation import COPIES, Augmentation, Vectors, check_word_pieces, read_vectors, require_vectors
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import load_originals
-from qtx.files import write_text
+from qtx.files import checksum, write_text
 from qtx.methods.augmentation import SHARD, Augmenter, MaskedWords, NearestWords, write_augmented
 from qtx.train.logging import progress
 from qtx.train.report import Table, save_config
@@ -73,7 +72,7 @@ def augment(
         "masked_lm": masked_lm,
         "vectors": vectors,
         "examples": len(rows),
-        "checksum": checksum(rows, settings, found, tokenizer, words),
+        "checksum": made_from(rows, settings, found, tokenizer, words),
     }
     save_config(config, workdir)
     path = workdir / _RECORD
@@ -99,15 +98,13 @@ def augment(
     return record
 
 
-def checksum(
+def made_from(
     rows: data.TrainingRows, settings: Augmentation, found: models.Pretrained, tokenizer: Any, vectors: Vectors
 ) -> str:
-    """Returns a name for all that decides what comes out: 16 hexadecimal digits."""
-    digest = hashlib.sha256(repr((settings, rows.names, rows.texts, found.config)).encode())
-    digest.update(json.dumps([rows.rows, vectors.words, tokenizer.backend_tokenizer.to_str()]).encode())
-    for array in (vectors.table, *jax.tree.leaves(found.params)):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
+    """Returns a name for all that decides what comes out; see `qtx.files.checksum`."""
+    texts = json.dumps([rows.rows, vectors.words, tokenizer.backend_tokenizer.to_str()])
+    settings_of = repr((settings, rows.names, rows.texts, found.config))
+    return checksum((settings_of, texts, vectors.table, *map(np.asarray, jax.tree.leaves(found.params))))
 
 
 def default_settings(config: ConfigDict, **changes: Any) -> Augmentation:

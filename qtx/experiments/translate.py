@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from qtx import models
-from qtx.data.pair_tokenizer import UNK, PairTokenizer, load
+from qtx.data.pair_tokenizer import UNK, PairTokenizer, Rows, load
 from qtx.data.reading import read_text, standard_input
 from qtx.errors import UserError, warn
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
-from qtx.files import write_text
+from qtx.files import checksum, write_text
 from qtx.methods.translation import Decoding, check_positions, translate_all
 from qtx.nn.encoder_decoder import EncoderDecoderConfig
 from qtx.train.logging import progress
@@ -90,6 +93,15 @@ class Translator:
         Returns:
           As many translations, in the order of the sentences.
 
+        Raises: see `encoded`.
+        """
+        return self.translated(self.encoded(sentences, decoding, max_length, warn), decoding)
+
+    def encoded(
+        self, sentences: Sequence[str], decoding: Decoding, max_length: int, warn: Callable[[str], None] | None = None
+    ) -> Rows:
+        """Returns the ids of sentences, a row each; for the arguments see `__call__`.
+
         Raises:
           UserError: on one text in place of several, or lengths below 1 or beyond the positions of the model.
         """
@@ -106,10 +118,18 @@ class Translator:
         unknown = int((rows.ids == UNK).sum())
         if unknown and warn is not None:
             warn(f"{unknown} of {len(rows.ids)} source words are not in the vocabulary")
-        rows = rows.cut(max_length)
+        return rows.cut(max_length)
+
+    def translated(self, rows: Rows, decoding: Decoding, kept: Path | None = None) -> list[str]:
+        """Translates encoded sentences; `kept`: see `qtx.methods.translation.translate_all`."""
         with progress(len(rows), f"translate {self.tokenizer.task.direction}", examples_per_step=1) as bar:
-            ids = translate_all(self.model, self.variables, rows, decoding, self.mesh, told=bar.update)
+            ids = translate_all(self.model, self.variables, rows, decoding, self.mesh, told=bar.update, kept=kept)
         return self.tokenizer.decode_target(ids)
+
+    def made_from(self, rows: Rows, decoding: Decoding) -> str:
+        """Returns a name for all that decides what `translated` computes; see `qtx.files.checksum`."""
+        settings = repr((self.model, decoding, self.mesh.shape))
+        return checksum((settings, rows.ids, rows.lengths, *map(np.asarray, jax.tree.leaves(self.variables))))
 
 
 def translate_file(
@@ -120,7 +140,8 @@ def translate_file(
     Args:
       model: see `Translator.load`.
       source: path of a UTF-8 file, plain or compressed; `-`: standard input.
-      target: path, which gets its file when all of it is translated; `-`: standard output.
+      target: path, which gets its file when all of it is translated; until then batches that are done lie beside it, in
+        `TARGET.parts_...`, and the same call goes on from them. `-`: standard output.
       direction: see `Translator.load`.
       decoding: how.
       max_length: see `Translator`.
@@ -129,8 +150,11 @@ def translate_file(
     text = standard_input() if source == "-" else read_text(Path(source))
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
 
-    translated = "".join(f"{line}\n" for line in translator(lines, decoding, max_length, warn))
-    if target == "-":
+    rows = translator.encoded(lines, decoding, max_length, warn)
+    kept = None if target == "-" else Path(f"{target}.parts_{translator.made_from(rows, decoding)}")
+    translated = "".join(f"{line}\n" for line in translator.translated(rows, decoding, kept))
+    if kept is None:
         sys.stdout.write(translated)
     else:
         write_text(Path(target), translated)
+        shutil.rmtree(kept, ignore_errors=True)  # there is none for an empty file

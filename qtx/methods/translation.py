@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 from qtx.data.batching import bucket_lengths, in_order, plan_epoch
 from qtx.data.pair_tokenizer import Rows
 from qtx.errors import UserError
+from qtx.files import whole_file
 from qtx.nn.decoding import translate
 from qtx.nn.encoder_decoder import EncoderDecoderConfig
 from qtx.train.phase import Batch, Forward
@@ -146,6 +148,7 @@ def translate_all(
     mesh: Mesh,
     rounding_seed: int | None = None,
     told: Callable[[int], None] | None = None,
+    kept: Path | None = None,
 ) -> np.ndarray:
     """Translates sentences, those of like length together, and returns the results in the order of the sentences.
 
@@ -160,6 +163,8 @@ def translate_all(
       mesh: where to compute.
       rounding_seed: of random rounding, drawn anew for every token; None: nothing is drawn.
       told: called with the number of sentences that are done, after each batch.
+      kept: directory where the result of every batch is kept; one that is there is taken from there. It is for these
+        arguments alone, and stays. None: nothing is kept.
 
     Returns:
       [N, limit + 1] int32: begin token, translation, end token, padding. Of an empty row the begin token alone.
@@ -176,23 +181,29 @@ def translate_all(
     with jax.set_mesh(mesh):
         placed = {name: replicate(tree, mesh) for name, tree in variables.items() if name != "params"}
         placed["params"] = shard_tree(variables["params"], mesh)
-        for count, (index, number) in enumerate(zip(plan, numbers, strict=True)):
-            ids = np.full((len(index), lengths[number]), pad, np.int32)
+
+        def decoded(count: int, index: np.ndarray, length: int) -> np.ndarray:
+            ids = np.full((len(index), length), pad, np.int32)
             for row, example in zip(ids, index, strict=True):
                 if example >= 0:
                     row[: source.lengths[example]] = source[example]
             key = None if rounding_seed is None else jax.random.fold_in(jax.random.key(rounding_seed), count)
             batch = shard_batch({"source_ids": ids}, mesh)["source_ids"]
+            alpha = decoding.length_penalty
             tokens = translate(
-                model,
-                placed,
-                batch,
-                beam=decoding.beam,
-                limit=decoding.limit,
-                alpha=decoding.length_penalty,
-                key=key,
+                model, placed, batch, beam=decoding.beam, limit=decoding.limit, alpha=alpha, key=key
             ).tokens
-            found.append(np.asarray(jax.device_get(tokens)))
+            return np.asarray(jax.device_get(tokens))
+
+        for count, (index, number) in enumerate(zip(plan, numbers, strict=True)):
+            part = kept and kept / f"{count:06d}.npy"
+            if part and part.is_file():
+                found.append(np.load(part))
+            else:
+                found.append(decoded(count, index, lengths[number]))
+                if part:
+                    with whole_file(part) as temporary, open(temporary, "wb") as file:
+                        np.save(file, found[-1])
             done += int(np.sum(index >= 0))
             if told is not None:
                 told(done)

@@ -1,5 +1,6 @@
 """Translation end to end: train, quantize, evaluate and translate by the entries that every task has."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from qtx.experiments.run import (
 from qtx.experiments.setup import setup
 from qtx.experiments.translate import Translator, translate_file
 from qtx.experiments.translation import TASKS, Translation
+from qtx.methods import translation
 from qtx.methods.translation import Decoding, TranslationLoss, translate_all
 from qtx.train.logging import read_metrics
 from tests.conftest import eight_devices
@@ -164,6 +166,40 @@ def test_no_line_is_lost_or_out_of_order(trained, kind, tmp_path):
     (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in lines))
     translate_file(str(workdir / kind), str(tmp_path / "in.txt"), str(tmp_path / "out.txt"), None, DECODING, 10)
     assert (tmp_path / "out.txt").read_text() == "".join(f"{line}\n" for line in found)
+
+
+def test_an_interrupted_translation_goes_on(trained, tmp_path, monkeypatch):
+    _, workdir, _ = trained
+    source, target = tmp_path / "in.txt", tmp_path / "out.txt"
+    source.write_text("".join(f"{' '.join(list(NUMBERS)[: n % 4 + 1])}\n" for n in range(21)))
+    decoding = dataclasses.replace(DECODING, batch_size=4)
+
+    def translation_into(path):
+        translate_file(str(workdir / "model"), str(source), str(path), None, decoding, 10)
+        return path.read_text()
+
+    whole = translation_into(tmp_path / "whole.txt")
+    real, left = translation.translate, [2]  # batches of the six until somebody interrupts
+
+    def stopping(*arguments, **options):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(translation, "translate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        translation_into(target)
+    assert not target.exists() and len(list(tmp_path.glob("out.txt.parts_*/*.npy"))) == 2
+
+    left[0], text = 6, source.read_text()
+    source.write_text(text.replace("one", "six"))  # what is there is of other sentences
+    assert translation_into(target) != whole and left == [0]
+
+    left[0] = 4
+    source.write_text(text)
+    assert translation_into(target) == whole and left == [0]
+    assert not list(tmp_path.glob("*.parts_*"))
 
 
 def test_standard_input_and_bad_models(trained, tiny_checkpoint):

@@ -149,3 +149,39 @@ def test_a_nan_gradient_is_no_missing_one():
     trained = {"params/bias": jnp.zeros(2)}
     updates, state = optimizer.update({"params/bias": jnp.array([jnp.nan, 0.0])}, optimizer.init(trained), trained)
     assert np.isnan(updates["params/bias"]).all() and int(state.counts["params/bias"]) == 1
+
+
+def test_muon_moves_kernels_by_orthogonal_matrices_and_all_else_as_adam_does():
+    rng = np.random.default_rng(0)
+    shapes = {
+        "params/a/kernel": (6, 4),
+        "params/b/kernel": (4, 6),
+        "params/table/embedding": (6, 4),
+        "params/a/bias": (4,),
+    }
+    trained = {name: jnp.zeros(shape) for name, shape in shapes.items()} | {"ranges/a/kernel/scale": jnp.ones(())}
+    grads = {name: jnp.asarray(rng.normal(size=value.shape), jnp.float32) for name, value in trained.items()}
+    updates = {}
+    for name in ("muon", "adamw"):
+        optimizer = make_optimizer(constant(name=name), 10)
+        updates[name], _ = optimizer.update(grads, optimizer.init(trained), trained)
+    for name in ("params/a/kernel", "params/b/kernel"):
+        u, _, v = np.linalg.svd(np.asarray(grads[name], float), full_matrices=False)
+        step = np.asarray(updates["muon"][name], float) / (-1e-2 * 0.2 * 6**0.5)
+        # The iteration stops with singular values of about one, in the directions of the gradient.
+        np.testing.assert_allclose(u.T @ step @ v.T, np.diag(np.diag(u.T @ step @ v.T)), atol=1e-3)
+        assert np.all(np.abs(np.diag(u.T @ step @ v.T) - 1) < 0.4)
+        assert 0.1 < np.sqrt(np.mean(np.square(updates["muon"][name]))) / 1e-2 < 0.3
+    for name in ("params/table/embedding", "params/a/bias", "ranges/a/kernel/scale"):
+        np.testing.assert_array_equal(updates["muon"][name], updates["adamw"][name])
+
+
+def test_muon_decays_kernels_and_heeds_rate_factors():
+    trained = {"params/a/kernel": jnp.ones((4, 4)), "params/b/kernel": jnp.ones((4, 4))}
+    config = OptimizerConfig(
+        1e-2, name="muon", warmup=0.0, schedule="constant", weight_decay=0.5, rate_factors=(("b/**", 3.0),)
+    )
+    optimizer = make_optimizer(config, 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, trained), optimizer.init(trained), trained)
+    for name, factor in (("a", 1), ("b", 3)):
+        np.testing.assert_allclose(updates[f"params/{name}/kernel"], -1e-2 * 0.5 * factor, rtol=1e-6)
