@@ -17,6 +17,7 @@ row in full precision and from it the others, two epochs each. Methods are
     embedding_8                 queries, keys, values and both tables
     binary_attention, binary_all  -1, 1, with the divisor of scores that they need; in `tuned` also "scaled", with a scale for
                                   each layer in place of that divisor
+    attention_2 magnitude       in `tuned` alone: two bits beside the sign, seven values, which is what was published
     published_METHOD            as the original did it: B without the sign and wrapping at 8; drawn again at every token
     METHOD+warm                 after four epochs in full precision
     full_precision+decay        22 epochs with a rate that falls to zero; in `tuned` the row that others start from
@@ -114,10 +115,14 @@ def tuned(name: str) -> dict:
     """Returns the fields of a method that starts from the row in full precision."""
     if name == "full_precision":
         return method("full_precision+decay")
-    fields = method(name.removesuffix(" scaled"))
-    if name.endswith(" scaled"):
+    plain, _, variant = name.partition(" ")
+    fields = method(plain)
+    if variant == "scaled":
         del fields["model.sizes"]
         fields["quant.weight_scale"] = "mean"
+    elif variant == "magnitude":
+        del fields["quant.weight_estimator"]
+        fields["quant.weight_scheme"] = "magnitude"
     rate = {"phases.qat.optimizer.schedule": "linear", "phases.qat.optimizer.learning_rate": 1e-3}
     return {**fields, **rate, "phases.qat.optimizer.warmup_steps": 50, "phases.qat.epochs": 2.0}
 
@@ -145,7 +150,13 @@ ORDERINGS = (
     ("full_precision", ">", "binary_all"),
     ("binary_attention", ">", "binary_all"),
 )
-SCALED = ("binary_attention", "binary_all")  # methods that `tuned` has with a scale as well; that was not published
+# Rows that `tuned` has besides: binary ones with a scale, which was not published, and two bits beside a sign, which was.
+FURTHER = ("binary_attention scaled", "binary_all scaled", "attention_2 magnitude")
+FURTHER_ORDERINGS = (
+    ("binary_attention scaled", ">", "binary_attention"),
+    ("binary_all scaled", ">", "binary_all"),
+    ("attention_2 magnitude", ">=", "full_precision"),
+)
 TINY = {
     "hidden_size": 128,
     "num_heads": 4,
@@ -197,7 +208,7 @@ def get_config(arg: str = "full_precision"):
             max_grad_norm=0.0,
         )
     if arg in ("multi30k", "tuned"):
-        scaled = SCALED if arg == "tuned" else ()
+        further = FURTHER if arg == "tuned" else ()
         rows = tuple(
             dict(
                 name=name,
@@ -205,7 +216,7 @@ def get_config(arg: str = "full_precision"):
                 start="full_precision" if arg == "tuned" and name != "full_precision" else "",
                 published={"multi30k": PUBLISHED[name]} if name in PUBLISHED else {},
             )
-            for name in (*PUBLISHED, *(f"{name} scaled" for name in scaled))
+            for name in (*PUBLISHED, *further)
         )
         config.save_models = arg == "tuned"  # the others start from one of them
         config.sweep = sweeping(
@@ -216,7 +227,7 @@ def get_config(arg: str = "full_precision"):
             seeds=(1000, 1001, 1002),
             metric="test_bleu",
             near=1.0,
-            orderings=(*ORDERINGS, *((f"{name} scaled", ">", name) for name in scaled)),
+            orderings=(*ORDERINGS, *(FURTHER_ORDERINGS if further else ())),
         )
         return config
     if arg == "ptq":
