@@ -220,14 +220,13 @@ def muon(momentum: float = 0.95, rms: float = 0.2) -> optax.GradientTransformati
 
     def directions(momenta, _):
         leaves, treedef = jax.tree.flatten(momenta)  # of kernels alone: others are masked
-        found = {}
-        for shape in {
-            leaf.shape for leaf in leaves
-        }:  # those of a shape together: fewer operations to compile and start
+        found: dict[int, jax.Array] = {}
+        # Those of a shape go together: fewer operations to compile and to start.
+        for shape in sorted({leaf.shape for leaf in leaves}):
             at = [i for i, leaf in enumerate(leaves) if leaf.shape == shape]
             stack = rms * max(shape) ** 0.5 * orthogonal(jnp.stack([leaves[i] for i in at]))
             found |= dict(zip(at, stack, strict=True))
-        return treedef.unflatten(found[i] for i in range(len(leaves)))
+        return jax.tree.unflatten(treedef, [found[i] for i in range(len(leaves))])
 
     return optax.chain(optax.trace(momentum, nesterov=True), optax.stateless(directions))
 
