@@ -4,7 +4,8 @@
     echo "Two dogs play in the snow." | python launch/translate.py --model=runs/en_de/quantized
 
 Every line is a sentence, and line n of the output translates line n of the input; an empty one stays empty. The output is
-written when everything is translated; a command that was interrupted goes on where it was.
+written when everything is translated; until then what is done lies in OUTPUT.parts_..., and the same command goes on from there
+if it was interrupted.
 """
 
 from absl import flags
