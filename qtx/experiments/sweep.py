@@ -73,8 +73,8 @@ def sweep(
       given: fields that the user has set; a line says which rows set them otherwise.
 
     Returns:
-      The report, which is printed and written to `table.md`, `table.csv`, `cells.md`, `cells.csv` after every trial. In the
-      end there are plots beside it, see `qtx.experiments.sweep_plots`.
+      The report, which is written to `table.md`, `table.csv`, `cells.md`, `cells.csv` after every trial. In the end it is
+      printed, and there are plots beside it, see `qtx.experiments.sweep_plots`.
 
     Raises:
       UserError: on anything that does not fit, before the first trial; and in the end, if trials have failed.
@@ -98,12 +98,11 @@ def sweep(
 
     def report() -> Report:
         found = make_report(section, everything, ledger.attempts(everything), command)
-        found.print()
         found.save(workdir)
         return found
 
     def finish(found: Report) -> None:
-        found.print_cells()
+        found.print()
         for line in plot_sweep(everything, ledger.attempts(everything), found.found, section.metric, workdir):
             console.print(line, highlight=False)
 
@@ -144,7 +143,7 @@ def sweep(
             if needed and told != (told := ", ".join(sorted(needed))):
                 console.print(f"waiting for {told}, which run elsewhere", highlight=False)
             time.sleep(_POLL)
-    found = make_report(section, everything, ledger.attempts(everything), command) if ran else report()
+    found = report()
     finish(found)
     failed = [name for name, attempt in ledger.attempts(chosen).items() if attempt.state == "failed"]
     if failed:
@@ -237,7 +236,8 @@ def _run(trial: Trial, claim: Claim, workdir: Path, section: ConfigDict, console
         write_text(directory / "error.txt", traceback.format_exc())
         claim.fail(text)
         text = f"failed: {text}"
-    console.print(f"{trial.name}: {text} ({time.perf_counter() - start:.0f} s)", highlight=False)
+    tables = f"; tables so far: {workdir / 'table.md'}"
+    console.print(f"{trial.name}: {text} ({time.perf_counter() - start:.0f} s){tables}", highlight=False)
 
 
 def check_outcome(outcome: Outcome, metric: str) -> None:

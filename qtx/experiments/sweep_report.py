@@ -83,23 +83,20 @@ class Report:
     command: str
 
     def print(self) -> None:
-        """Prints the tables and the first of the missing cells."""
+        """Prints the tables, the cells, and the first of those that are missing."""
         if self.table.rows:
             self.table.print()
         for table in (self.orderings, self.search):
             if table is not None:
                 table.print()
+        if self.cells.rows:
+            self.cells.print()
         if self.missing:
             print(f"missing, and run by: {self.command}")
         for what, flags in self.missing[:_SHOWN]:
             print(f"  {what}  {flags}".rstrip())
         if len(self.missing) > _SHOWN:
             print(f"... and {len(self.missing) - _SHOWN} more in table.md")
-
-    def print_cells(self) -> None:
-        """Prints the table of cells."""
-        if self.cells.rows:
-            self.cells.print()
 
     def save(self, workdir: Path) -> None:
         """Writes `table.md` (with what is missing), `table.csv`, `cells.md`, `cells.csv`, and `search.*` after a search."""
