@@ -226,8 +226,9 @@ def quantization() -> ConfigDict:
             # precision, as for images; '': the fields here say all.
             "student": "",
             # Of `student`: 'published': symmetric, a range from each tensor itself, and `activation_bits`; 'fields': as all the
-            # activation fields here say. Clipped to [-2.5, 2.5] either way.
+            # activation fields here say.
             "student_activations": "published",
+            "student_clip": 2.5,  # of `student`: weights and activations are clipped to it and its negative first
             # Of `student`: parts that stay in full precision, such as 'emb, cls'; of emb (word table), qkv (linear layers of
             # attention), ffn_1, ffn_2 (of the perceptron) and cls (pooler).
             "student_without": "",

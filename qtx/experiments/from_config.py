@@ -21,7 +21,7 @@ from qtx.methods.efficient_quantization import Value, policy_of, with_value
 from qtx.methods.layer_rounding import AdaRound
 from qtx.methods.outlier_suppression import OutlierSuppression, suppression_policy
 from qtx.methods.patterns import pattern_policy
-from qtx.methods.teacher_intervention import ACTIVATIONS, CLIP, PARTS, student_policy
+from qtx.methods.teacher_intervention import ACTIVATIONS, PARTS, student_policy
 from qtx.nn.aliases import policy as make_policy
 from qtx.quant import (
     Spec,
@@ -127,7 +127,7 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
         )
     if section.student:
         return _student_policy(section, weights)
-    _refuse(section, ("student_activations", "student_without"), "it is read with quant.student alone")
+    _refuse(section, ("student_activations", "student_clip", "student_without"), "it is read with quant.student alone")
     activations = _activation_spec(section)
     _refuse_of_ranges(section, weights, activations)
     granularity = _granularity(section.activation_granularity)
@@ -287,9 +287,13 @@ def _student_policy(section: ConfigDict, weights: Spec | None) -> Policy:
     _refuse(section, ("setup", "activation_sites"), "quant.student says which sites are quantized")
     if weights is None:
         raise UserError(f"quant.student is {section.student!r}, but quant.weight_bits is 32: give the weights bits")
+    if not 0 < section.student_clip < math.inf:
+        raise UserError(f"quant.student_clip must be a positive number, got {section.student_clip}")
+    clip = (-section.student_clip, section.student_clip)
     activations = _student_activations(section)
     _refuse_of_ranges(section, weights, activations)
-    weights = dataclasses.replace(weights, clip=CLIP)
+    weights = dataclasses.replace(weights, clip=clip)
+    activations = None if activations is None else dataclasses.replace(activations, clip=clip)
     table = dataclasses.replace(weights, granularity=per_channel())
     switches = dict.fromkeys(PARTS, True)
     if section.student == "layers":
@@ -323,7 +327,7 @@ def _student_activations(section: ConfigDict) -> Spec | None:
     found = _activation_spec(section)
     if found is None:
         return None
-    return dataclasses.replace(found, granularity=_granularity(section.activation_granularity), clip=CLIP)
+    return dataclasses.replace(found, granularity=_granularity(section.activation_granularity))
 
 
 def _pattern_policy(

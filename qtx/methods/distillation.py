@@ -375,6 +375,15 @@ def check_site(what: str, name: str, side: str, model: nn.Module, sites: Collect
         )
 
 
+def check_heads(what: str, student: nn.Module, teacher: nn.Module) -> None:
+    """Raises a `UserError` if contexts, which are the heads' side by side, are of different heads."""
+    ours, theirs = (model.config.num_heads for model in (student, teacher))  # type: ignore[attr-defined]
+    if ours != theirs:
+        raise UserError(
+            f"{what}: the student has {ours} heads and the teacher {theirs}; a context is of heads side by side"
+        )
+
+
 def check_teacher(objective: Distillation, args: Sequence[Any] | None = None) -> None:
     """Raises a `UserError` that names both sides if student and teacher do not fit a loss that has a weight.
 
@@ -405,6 +414,8 @@ def check_teacher(objective: Distillation, args: Sequence[Any] | None = None) ->
                 pairs.append((sites["student"], ours[sites["student"]], theirs[sites["teacher"]]))
         for what, our_shape, their_shape in pairs:
             _check_shapes(objective, name, what, our_shape, their_shape)
+        if name == "context":
+            check_heads("loss 'context'", objective.student, objective.teacher)
 
 
 def _check_shapes(

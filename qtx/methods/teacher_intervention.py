@@ -43,6 +43,7 @@ from qtx.methods.distillation import (
     Distillation,
     Pairs,
     Teacher,
+    check_heads,
     check_site,
     distillation_phase,
     layer_site,
@@ -294,6 +295,8 @@ def check_interventions(
                     f"intervention {kind!r}: {names['student']!r} of the student has the shape {ours}, "
                     f"{names['teacher']!r} of the teacher {theirs}"
                 )
+        if kind == "context":
+            check_heads("intervention 'context'", student, teacher)
 
 
 # --- Phases ---

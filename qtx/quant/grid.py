@@ -164,12 +164,22 @@ def fake_quant(
         estimator = ste.uniform_compact if spec.backward == "compact" else ste.uniform
     if spec.scheme == "offset":
         low = (-grid.scale * grid.zero_point).astype(x.dtype)
-        return estimator(x - low, *grid._replace(zero_point=jnp.zeros_like(grid.zero_point))) + low
+        return estimator(_above(x, low), *grid._replace(zero_point=jnp.zeros_like(grid.zero_point))) + low
     return estimator(x, *grid)
 
 
 def _clipped(spec: Spec, x: jax.Array) -> jax.Array:
     return x if spec.clip is None else ste.clip_inside(x, *spec.clip)
+
+
+def _above(x: jax.Array, low: jax.Array) -> jax.Array:
+    """Returns `x - low`, or 0 where that is no more than the rounding of `low`, which is made from scale and zero point.
+
+    Without this, an element that equals `low` would be steps below the grid if these are small: constants have the smallest.
+    """
+    difference = x - low
+    rounding = jnp.finfo(difference.dtype).eps * jnp.abs(low)
+    return ste.identity_ste(difference, jnp.where(jnp.abs(difference) <= rounding, 0, difference))
 
 
 def _shifted(spec: Spec, x: jax.Array, grid: Affine) -> jax.Array:
@@ -248,7 +258,7 @@ def quantize(
             "scheme 'shifted' has no integers that stand for its values; use 'offset' or 'asymmetric' to pack them"
         )
     if spec.scheme == "offset":
-        _, level = ste._levels(x + scale * zero_point, scale, jnp.zeros_like(zero_point), q_min, q_max)
+        _, level = ste._levels(_above(x, -scale * zero_point), scale, jnp.zeros_like(zero_point), q_min, q_max)
     else:
         _, level = ste._levels(x, scale, zero_point, q_min, q_max)
     return level.astype(jnp.int32), scale, zero_point

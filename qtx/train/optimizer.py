@@ -106,15 +106,19 @@ def learning_rate(config: OptimizerConfig, steps: int, batches_per_epoch: int = 
     epochs = [math.floor(share * steps / batches_per_epoch + 1e-9) for share in config.milestones]
 
     def multiplier(taken):
-        taken = jnp.asarray(taken, float)
-        taken, rise = taken if published else jnp.minimum(taken, steps), float(warm)
+        count = taken = jnp.asarray(taken, float)
+        if published:  # in shares of the phase, as its formulas are: at a restart a rounding decides between 0 and 1
+            taken, length = divide(taken, float(steps)), 1.0
+            rise = config.warmup_steps / steps or config.warmup
+        else:
+            taken, length, rise = jnp.minimum(taken, steps), float(steps), float(warm)
         if config.schedule == "warm_restarts":
-            taken, rise = jnp.mod(taken * config.cycles, steps), rise * config.cycles
-        decayed = divide(taken - rise, max(steps - rise, 1.0))
+            taken, rise = jnp.mod(taken * config.cycles, length), rise * config.cycles
+        decayed = divide(taken - rise, max(length - rise, length / steps))
         after = {
             "constant": lambda: jnp.ones_like(taken),
             "milestones": lambda: (
-                config.milestone_factor ** sum(taken >= epoch * batches_per_epoch for epoch in epochs)
+                config.milestone_factor ** sum(count >= epoch * batches_per_epoch for epoch in epochs)
             ),
             "linear": lambda: jnp.maximum(1 - decayed, 0),
             "cosine": lambda: _half_cosine(2 * config.cycles * decayed),
@@ -174,7 +178,9 @@ def bert_adam(config: OptimizerConfig, steps: int, batches_per_epoch: int = 1) -
 
     def updated(name, gradient, value, count, mu, nu):
         square = jnp.sum(jnp.square(gradient))
-        reached = square != 0  # NaN is reached; a test of every element would double the time of an update on CPU
+        # NaN is reached, and what float32 cannot square, below 1e-22, is not: a second look at every element would double the
+        # time of an update on CPU.
+        reached = square != 0
         if config.max_grad_norm > 0:
             norm = jnp.sqrt(square)
             gradient = gradient * jnp.minimum(1, config.max_grad_norm / (norm + 1e-6))

@@ -7,7 +7,10 @@ of losses are traced, so that one program serves all modes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
+from fractions import Fraction
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +32,7 @@ FAMILY = models.get_family("bert")
 STRICT = {"float64": {"rtol": 1e-9, "atol": 1e-9}, "float32": {"rtol": 2e-6, "atol": 2e-7}}  # by what was stored
 FLIP = 0.02  # what one rounding decision that float32 takes otherwise can do
 FLAGS = {"map": "teacher_attnmap", "context": "teacher_context", "output": "teacher_output"}
+KINDS = {"MI": "map", "CI": "context", "OI": "output"}
 SWITCHES = {
     "emb_q": "emb",
     "qkv_q": "qkv",
@@ -63,6 +67,24 @@ def config_of(case) -> BertConfig:
     return FAMILY.config_from_hf(
         case.manifest["model"]["config"] | {"num_labels": case.manifest["model"]["num_labels"]}
     )
+
+
+def student_policy(case, **switches):
+    """The published student, clipped as the case says."""
+    limit = case.manifest["model"]["config"].get("clip_val", ti.CLIP[1])
+    return policy_of(float(limit), **switches)
+
+
+@functools.cache
+def policy_of(limit: float, **switches):
+    grids = {"weights": ti.WEIGHTS, "table": ti.TABLE, "activations": ti.ACTIVATIONS}
+    grids = {name: dataclasses.replace(spec, clip=(-limit, limit)) for name, spec in grids.items()}
+    return ti.student_policy(**grids, **switches, published=True)
+
+
+def kinds_of(mode: str | None) -> tuple[str, ...]:
+    """Kinds of a mode such as `MI_CI`; none of `none`."""
+    return tuple(KINDS[part] for part in (mode or "none").replace("+", "_").split("_") if part != "none")
 
 
 def tensors(case, prefix: str) -> dict[str, np.ndarray]:
@@ -153,10 +175,14 @@ def apply(model, params, batch, **collections) -> Side:
 # --- Forward passes, losses and gradients ---
 
 
-@functools.cache
-def program(config: BertConfig, dtype=jnp.float64):
+def program(case, dtype=jnp.float64):
     """One compiled program for all modes: outputs, loss terms, and gradients of their weighted sum."""
-    student, teacher = model_of(config, ti.student_policy(published=True), dtype), model_of(config, dtype=dtype)
+    return _program(config_of(case), student_policy(case), dtype)
+
+
+@functools.cache
+def _program(config: BertConfig, policy, dtype):
+    student, teacher = model_of(config, policy, dtype), model_of(config, dtype=dtype)
     pairs = layer_pairs("same", config.num_layers, config.num_layers)
 
     def run(params, teacher_params, batch, replaced, detached, weights):
@@ -240,7 +266,7 @@ def fp_teacher_forward(case):
 
 @in_float64
 def student_forward_with_intervention(case):
-    run, gates, want = program(config_of(case)), gates_of(case.entry["flags"]), tensors(case, f"{case.id}/")
+    run, gates, want = program(case), gates_of(case.entry["flags"]), tensors(case, f"{case.id}/")
     means, side, grads = run(case, gates, gates, [TERMS[name] for name in SETS["script"]])
     check_captures(side, np.asarray(batch_of(case)["attention_mask"]), want)
     for name, value in zip(case.entry["loss_names"], want["losses"], strict=True):
@@ -252,7 +278,7 @@ def student_forward_with_intervention(case):
         _, _, grads = run(case, gates, gates, [TERM_OPTIONS[option]])
         assert zero_names(case, grads) == set(names), option
     with jax.enable_x64(False):
-        run, gates = program(config_of(case), jnp.float32), gates_of(case.entry["flags"])
+        run, gates = program(case, jnp.float32), gates_of(case.entry["flags"])
         means, side, _ = run(case, gates, gates, [])
         np.testing.assert_allclose(side.outputs.logits, want["logits"], atol=FLIP)
         got = [means[name] for name in case.entry["loss_names"]]
@@ -261,7 +287,7 @@ def student_forward_with_intervention(case):
 
 @in_float64
 def flag_without_teacher_signals(case):
-    run, gates = program(config_of(case)), gates_of(case.entry["flags"])
+    run, gates = program(case), gates_of(case.entry["flags"])
     off = {kind: jnp.asarray(False) for kind in gates}
     _, side, grads = run(case, off, gates, [TERMS[name] for name in SETS["script"]])
     close(side.outputs.logits, tensors(case, f"{case.id}/")["logits"], "logits")
@@ -270,9 +296,9 @@ def flag_without_teacher_signals(case):
 
 @in_float64
 def loss_extension(case):
-    kinds = {"none": (), "MI": ("map",), "CI": ("context",), "OI": ("output",)}[case.entry["mode"]]
+    kinds = kinds_of(case.entry["mode"])
     gates = {kind: jnp.asarray(kind in kinds) for kind in FLAGS}
-    run, key = program(config_of(case)), "zero_grad_params_of_self_output_mse"
+    run, key = program(case), "zero_grad_params_of_self_output_mse"
     means, _, grads = run(case, gates, gates, ["self_output"])
     for name, value in zip(case.entry["value_names"], case.file()[case.entry["outputs"][0]], strict=True):
         close(means[name], value, name)
@@ -283,7 +309,7 @@ def loss_extension(case):
 @in_float64
 def partial_quantization(case):
     switches = {SWITCHES[name]: value for name, value in case.entry["config"].items()}
-    model = model_of(config_of(case), ti.student_policy(published=True, **switches))
+    model = model_of(config_of(case), student_policy(case, **switches))
     side = jax.jit(lambda params, batch: apply(model, params, batch)._replace(model=None))(
         params_of(case, "student"), batch_of(case)
     )
@@ -307,8 +333,8 @@ class Nested(Block):
 
 
 @functools.cache
-def block_program(config: BertConfig, layer: int):
-    model = Nested(config, jnp.float64, ti.student_policy(published=True), ("encoder", f"layer_{layer}", "attention"))
+def block_program(config: BertConfig, policy, layer: int):
+    model = Nested(config, jnp.float64, policy, ("encoder", f"layer_{layer}", "attention"))
 
     def run(params, x, mask, captures, gates, g_output, g_scores):
         def outputs(params, x):
@@ -346,7 +372,7 @@ def attention_block(case):
     x, g_output, g_scores = (
         jnp.asarray(given[f"{root}/{name}"], jnp.float64) for name in ("x", "g_attention_output", "g_scores")
     )
-    out, found, grads = block_program(config, layer)(
+    out, found, grads = block_program(config, student_policy(case), layer)(
         traverse_util.unflatten_dict(params, sep="/"), x, jnp.asarray(mask), captures, gates_of(case.entry["flags"]),
         g_output, g_scores,
     )  # fmt: skip
@@ -377,11 +403,10 @@ def intervention_schedule(case):
     e, want = case.entry, tensors(case, f"{case.id}/")
     assert e["starting_flags"] == "all off"
     schedule = ti.Interventions.named(e["schedule"], ())
-    kinds = {"OI": "output", "CI": "context", "MI": "map"}
     for step, (mode, flags) in enumerate(zip(want["mode"], want["flags"], strict=True)):
         gates = schedule.gates(step, e["total_steps"])
         on = {kind for kind, gate in gates.items() if gate}
-        assert on == {kinds[e["encoding"][str(mode)]]}, step
+        assert on == {KINDS[e["encoding"][str(mode)]]}, step
         assert [kind in on for kind in FLAGS] == [bool(flag) for flag in flags], step
 
 
@@ -411,10 +436,17 @@ def loss_functions(case):
 def training_trajectory(case):
     e, config, want = case.entry, config_of(case), tensors(case, f"{case.id}/")
     steps, tolerance = e["steps"], e["tol"]["fp64"]
-    student, teacher = model_of(config, ti.student_policy(published=True)), model_of(config)
+    student, teacher = model_of(config, student_policy(case)), model_of(config)
     pairs = layer_pairs("same", config.num_layers, config.num_layers)
-    modes = e["intervention_by_step"]
-    schedule = None if modes[0] is None else ti.Interventions.named(case.id.rpartition("/")[2], pairs)
+    modes = [kinds_of(mode) for mode in e["intervention_by_step"]]
+    schedule, name = None, case.id.rpartition("/")[2]
+    if any(modes):
+        stages, end = [], 0
+        for kinds, members in itertools.groupby(modes):
+            end += len(list(members))
+            stages.append(ti.Stage(Fraction(end, steps), kinds))
+        named = name in ti.SCHEDULES and name != "stochastic"  # what is drawn is drawn otherwise here
+        schedule = ti.Interventions.named(name, pairs) if named else ti.Interventions(tuple(stages), pairs)
     objective = Distillation(
         student,
         teacher,
@@ -430,10 +462,9 @@ def training_trajectory(case):
     batch, constants = batch_of(case), {"params": params_of(case, "teacher")}
     state = make_state(phase, {"params": start}, optimizer, 0, batch)
     step = jax.jit(make_step(phase, optimizer, 0, Span(0, 0, steps, steps)))
-    kinds = {"OI": "output", "CI": "context", "MI": "map", None: None}
     for number in range(steps):
-        gates = {kind: jnp.asarray(kind == kinds[modes[number]]) for kind in FLAGS}
-        means, _, _ = program(config)(case, gates, gates, (), state.variables()["params"])
+        gates = {kind: jnp.asarray(kind in modes[number]) for kind in FLAGS}
+        means, _, _ = program(case)(case, gates, gates, (), state.variables()["params"])
         state, measured = step(state, batch, constants)
         got = [means["script" if name == "total" else name] for name in e["loss_columns"]]
         np.testing.assert_allclose(measured["loss"], means["script"], rtol=1e-9)

@@ -67,9 +67,16 @@ def quantizer_extension(case):
     check_spec(case, quant.binary(shared) if bits == 1 else quant.loss_aware(bits, shared))
 
 
+def clipped(case, spec: Spec) -> Spec:
+    """A grid of the student, clipped as the case says."""
+    limit = case.manifest["model"]["config"].get("clip_val", ti.CLIP[1])
+    return dataclasses.replace(spec, clip=tuple(case.entry.get("clip", (-limit, limit))))
+
+
 def quantize_linear(case):
     given = {name: jnp.asarray(value) for name, value in values(case, "inputs").items()}
-    layer = Dense(given["weight"].shape[0], policy=policy(weights=ti.WEIGHTS, inputs=ti.ACTIVATIONS))
+    weights, inputs = (clipped(case, spec) for spec in (ti.WEIGHTS, ti.ACTIVATIONS))
+    layer = Dense(given["weight"].shape[0], policy=policy(weights=weights, inputs=inputs))
 
     def run(x, weight, bias):
         return layer.apply({"params": {"kernel": weight.T, "bias": bias}}, x)
@@ -83,7 +90,7 @@ def quantize_linear(case):
 def quantize_embedding(case):
     given = {name: jnp.asarray(value) for name, value in values(case, "inputs").items()}
     rows, width = given["weight"].shape
-    layer = Embed(rows, width, policy=policy(weights=ti.TABLE))
+    layer = Embed(rows, width, policy=policy(weights=clipped(case, ti.TABLE)))
     detach = ti.untrained_padding(BertConfig(vocab_size=rows))["detach"]["encoder"]["embeddings"]["word"]
     ids = given["ids"].astype(jnp.int32)
     y, back = jax.vjp(lambda table: layer.apply({"params": {"table": table}, "detach": detach}, ids), given["weight"])

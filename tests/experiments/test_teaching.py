@@ -137,6 +137,7 @@ def test_no_share(teacher, share):
         ({"quant.student_without": "emb, ffn"}, ["'ffn'", "ffn_1"]),
         ({"quant.student": "layers", "quant.student_without": "emb"}, ["'layers' has no part 'emb'"]),
         ({"quant.student_without": "emb,qkv,ffn_1,ffn_2,cls"}, ["leaves nothing"]),
+        ({"quant.student_clip": 0.0}, ["quant.student_clip", "positive", "0.0"]),
     ],
 )
 def test_what_does_not_fit(teacher, changes, named):
@@ -261,6 +262,13 @@ def test_parts_of_a_student(part):
     assert student(student_without=part) == student_policy(**{part: False}) != student_policy()
     published = student(student="published", student_without=f"{part},")
     assert published == student_policy(**{part: False}, published=True)
+
+
+def test_clip_of_a_student():
+    found = student(student_clip=1.5, student="published")
+    rules = (*found.weights, *found.activations, *found.inputs)
+    assert {rule.spec.clip for rule in rules if rule.spec is not None} == {(-1.5, 1.5)}
+    assert student(student_clip=2.5) == student_policy()
 
 
 def test_several_parts_of_a_student():

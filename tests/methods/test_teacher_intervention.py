@@ -309,6 +309,16 @@ def phase_of(model=STUDENT, **fields):
     return Phase("distil", model, optimizer, **fields)
 
 
+def test_a_context_is_of_as_many_heads_on_both_sides():
+    more = BertClassifier(dataclasses.replace(tiny.CONFIG, num_heads=2 * tiny.CONFIG.num_heads))
+    words = f"the student has {tiny.CONFIG.num_heads} heads and the teacher {more.config.num_heads}"
+    with pytest.raises(UserError, match=f"loss 'context': {words}"):
+        distillation_phase(phase_of(), Teacher(more, {}), {"context": 1.0})
+    with pytest.raises(UserError, match=f"intervention 'context': {words}"):
+        ti.intervention_phase(phase_of(), Teacher(more, {}), "gradual", {"logits": 1.0})
+    ti.intervention_phase(phase_of(), Teacher(more, {}), "output", {"logits": 1.0})
+
+
 def test_one_compiled_step_for_all_kinds_of_a_schedule():
     """What moves with each step tells which kind was on: projections without gradient stay where they are."""
     config = tiny.ONE_LAYER

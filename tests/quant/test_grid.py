@@ -354,6 +354,21 @@ def test_offset_grid_holds_its_lower_end_and_shifted_adds_it():
     np.testing.assert_array_equal(jax.grad(lambda x: quant.fake_quant(published, x, params).sum())(x), np.ones(6))
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_constants_on_an_offset_grid_stay_and_keep_their_gradient(bits):
+    spec = quant.Spec(bits, "offset", quant.per_channel(0), range="dynamic")
+    rows = np.random.default_rng(0).normal(size=100).astype(np.float32)[:, None]
+    x = jnp.concatenate([jnp.broadcast_to(rows, (100, 3)), jnp.zeros((1, 3))])
+
+    def quantized(x):
+        return quant.fake_quant(spec, x, quant.estimate(spec, x))
+
+    np.testing.assert_allclose(quantized(x), x, rtol=3e-7)
+    np.testing.assert_array_equal(jax.grad(lambda x: quantized(x).sum())(x), 1)
+    packed = quant.quantize(spec, x, quant.estimate(spec, x))
+    np.testing.assert_array_equal(quant.dequantize(*packed), quantized(x))
+
+
 def test_a_full_grid_is_signed_and_its_ends_lie_half_a_step_outside():
     spec = quant.Spec(4, "full", quant.per_channel(0))
     x = np.array([[1.5, -1.5, 0.0], [3.0, 0.2, 0.05]], np.float32)

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,6 +100,21 @@ def test_schedules_with_cycles():
     for fields in ({"cycles": 3.0}, {"schedule": "hard_restarts"}, {"schedule": "cosine", "cycles": 0.0}):
         with pytest.raises(UserError, match="cycles"):
             OptimizerConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "steps, warmup, cycles", [(60, 0.2, 2), (60, 0.2, 3), (120, 0.2, 3), (150, 0.1, 5), (80, 0.15, 4)]
+)
+def test_a_hard_restart_is_in_the_step_where_the_published_formula_has_it(steps, warmup, cycles):
+    def published(taken):
+        x = taken / steps
+        y = (x - warmup) / (1 - warmup)
+        return x / warmup if x < warmup else 0.5 * (1 + math.cos(math.pi * ((cycles * y) % 1)))
+
+    config = OptimizerConfig(name="bert_adam", schedule="hard_restarts", warmup=warmup, cycles=float(cycles))
+    with jax.enable_x64(True):
+        got = learning_rate(config, steps)(np.arange(steps + 5))
+    np.testing.assert_allclose(got, [published(taken) for taken in range(steps + 5)], rtol=0, atol=1e-12)
 
 
 def published_adam(config, gradients, value, decay, steps):
