@@ -34,6 +34,7 @@ from qtx.nn.layers import Dense
 from qtx.nn.roberta import RobertaConfig
 from qtx.nn.squeezebert import SqueezeBertConfig
 from qtx.quant import rows
+from qtx.quant.exact import divide
 from qtx.quant.policy import Policy
 from qtx.quant.spec import Spec, asymmetric, per_channel
 from qtx.train.logging import progress
@@ -169,7 +170,7 @@ def at(tree: Any, path: str) -> Any:
 
 def channel_scale(low: jax.Array, high: jax.Array, threshold: jax.Array | float) -> jax.Array:
     """Returns the scales `[D]` that bring channels with these extremes into `[-threshold, threshold]`; never below 1."""
-    return jnp.maximum(1.0, jnp.maximum(high / threshold, -low / threshold))
+    return jnp.maximum(1.0, jnp.maximum(divide(high, threshold), divide(-low, threshold)))
 
 
 def thresholds(low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -249,7 +250,7 @@ def search_scale(
 
     def error(threshold: jax.Array) -> jax.Array:
         scale = channel_scale(*ends, threshold)
-        found = reader.output(reader.folded(params, scale, shift), (x - shift) / scale, mask, quantized)
+        found = reader.output(reader.folded(params, scale, shift), divide(x - shift, scale), mask, quantized)
         return jnp.sum(jnp.square(found - wanted), where=mask[..., None])
 
     return channel_scale(*ends, tried[jnp.argmin(jax.lax.map(error, tried))])

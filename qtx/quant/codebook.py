@@ -123,7 +123,9 @@ def _twn(spec: Spec, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _absmean(spec: Spec, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale = jnp.maximum(rows.mean(jnp.abs(x), spec.granularity), spec.eps)
     if spec.states == 2:
-        return jnp.sign(x - rows.mean(x, spec.granularity)), scale
+        # A mean lies between the extremes, whatever is rounded: that of constants is all of them.
+        low, high = -rows.largest(-x, spec.granularity), rows.largest(x, spec.granularity)
+        return jnp.sign(x - jnp.clip(rows.mean(x, spec.granularity), low, high)), scale
     assert spec.states is not None
     least = -(spec.states // 2)
     return jnp.clip(jnp.round(divide(x, _nonzero(scale))), least, least + spec.states - 1), scale

@@ -1,8 +1,8 @@
 """Division that is division.
 
-XLA turns `x / s` with a scalar `s` into `x * (1 / s)`, which is off by one unit in the last place for most `x`. Usually
-that is harmless; here the last bit decides which way a value half-way between two integers rounds, and compiled,
-uncompiled and integer code would disagree about it.
+XLA turns `x / s` with a scalar `s` into `x * (1 / s)`, and `(a / b) / s` into `a / (b * s)`: off by one unit in the last place
+for most `x`. Usually that is harmless; here the last bit decides which way a value half-way between two integers rounds, and
+compiled, uncompiled and integer code would disagree about it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import jax.numpy as jnp
 def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
     """Returns `x / y` correctly rounded, compiled or not.
 
-    The select makes the divisor depend on `x`, which is all that keeps the compiler from inverting it once.
+    The selects change nothing, and the compiler does not know: a divisor that depends on `x` is not inverted once, and a
+    dividend that might be something else is not taken for the quotient that it is.
     """
-    return x / jnp.where(x != x, jnp.ones((), x.dtype), y)
+    missing = x != x
+    return jnp.where(missing, jnp.full((), jnp.nan, x.dtype), x) / jnp.where(missing, jnp.ones((), x.dtype), y)

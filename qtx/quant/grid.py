@@ -36,12 +36,14 @@ class QParams(NamedTuple):
       zero_point: like `scale`; a real number, rounded when it is read. Zeros for symmetric grids.
       signed: scalar bool; symmetric grids only: one decision for all rows (narrow and full ones always are).
       group: `[d]` int32, the group of each channel, or None; permuted groups only.
+      top: like `scale`, the upper end of the range in steps, whose last bit decides on the greatest level; `'shifted'` only.
     """
 
     scale: jax.Array
     zero_point: jax.Array
     signed: jax.Array
     group: jax.Array | None = None
+    top: jax.Array | None = None
 
 
 def limits(spec: Spec, signed: jax.Array | bool) -> tuple[jax.Array, jax.Array]:
@@ -97,7 +99,8 @@ def qparams(spec: Spec, low: jax.Array, high: jax.Array, group: jax.Array | None
     low, high = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
     if spec.scheme in ("offset", "shifted"):
         step = jnp.maximum(divide(high - low, float(2**spec.bits - 1)), spec.eps)
-        return QParams(to_domain(spec, step), divide(-low, step), jnp.asarray(False), group)
+        top = divide(high, step) if spec.scheme == "shifted" else None
+        return QParams(to_domain(spec, step), divide(-low, step), jnp.asarray(False), group, top)
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, spec.eps)
     if spec.scheme == "asymmetric":
         step = divide(high - low, float(2**spec.bits - 1))
@@ -156,7 +159,8 @@ def fake_quant(
         params = _lsq(spec, params, x)
     grid = affine(spec, params if learned else jax.lax.stop_gradient(params), x.shape)
     if spec.scheme == "shifted":
-        return _shifted(spec, x, grid)
+        top = None if params.top is None else rows.expand(params.top, spec.granularity, x.shape, params.group)
+        return _shifted(spec, x, grid, top)
     if noise is not None:
         x = x + ((noise - 0.5) * jax.lax.stop_gradient(grid.scale)).astype(x.dtype)
     estimator = ste.uniform_fixed
@@ -182,9 +186,9 @@ def _above(x: jax.Array, low: jax.Array) -> jax.Array:
     return ste.identity_ste(difference, jnp.where(jnp.abs(difference) <= rounding, 0, difference))
 
 
-def _shifted(spec: Spec, x: jax.Array, grid: Affine) -> jax.Array:
+def _shifted(spec: Spec, x: jax.Array, grid: Affine, top: jax.Array | None) -> jax.Array:
     scale, low = grid.scale, -grid.zero_point
-    level = jnp.clip(divide(x.astype(scale.dtype), scale), low, low + grid.q_max)
+    level = jnp.clip(divide(x.astype(scale.dtype), scale), low, low + grid.q_max if top is None else top)
     level = jnp.floor(level) if spec.rounding == "floor" else jnp.trunc(level)
     return ste.identity_ste(x, (scale * level + scale * low).astype(x.dtype))
 
@@ -225,7 +229,8 @@ def fake_quant_rows(
         return jnp.take(fake_quant(spec, table, params, noise, progress), ids, axis=0)
     flat = ids.reshape(-1)
     if params is not None and rows_apart:
-        params = params._replace(scale=params.scale[flat], zero_point=params.zero_point[flat])
+        top = None if params.top is None else params.top[flat]
+        params = params._replace(scale=params.scale[flat], zero_point=params.zero_point[flat], top=top)
     looked_up = fake_quant(spec, jnp.take(table, flat, axis=0), params, None, progress)
     return looked_up.reshape(*ids.shape, table.shape[1])
 

@@ -26,7 +26,7 @@ def documents_of(case, graph_texts=None, validation_last=False):
     inputs = case.values("inputs")
     texts = [str(text) for text in inputs["texts"]]
     kept = [i for i, text in enumerate(texts) if text.strip()]
-    train, test = published_order([inputs["splits"][i] == "train" for i in kept], validation_last)
+    train, test = published_order(["train" in str(inputs["splits"][i]) for i in kept], validation_last)
     order = train + test
     texts = [texts[kept[i]] for i in order]
     return order, kept, (graph_texts(texts) if graph_texts else texts), len(train)

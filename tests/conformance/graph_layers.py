@@ -242,8 +242,7 @@ HANDLERS = {
     "bitlinear_old_no_bias": bitlinear_old_no_bias,
     "bit_embedding": bit_embedding,
     "gcn_two_layer": gcn,
-    "gcn_quantized_s2": gcn_quantized,
-    "gcn_quantized_s3": gcn_quantized,
+    **{f"gcn_quantized_s{states}": gcn_quantized for states in (2, 3, 4, 5)},
     "encoder_bert": encoder,
     "encoder_roberta": encoder,
 }

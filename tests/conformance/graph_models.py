@@ -269,17 +269,18 @@ def kd_losses(case) -> None:
     labels = jnp.asarray(given["labels"], jnp.int32)
     batch = {"labels": labels, "weights": jnp.ones(len(labels))}
     for t in p["temperatures"]:
-        close(case, f"T{t}/teacher_soft", jnp.exp(mixture(graph, text, p["lmbd"], t)))
-        close(case, f"T{t}/true", jnp.mean(label_losses(student, labels)))
+        tag = f"T{t}" if f"T{t}/true" in case.entry["outputs"] else f"T{t}".replace(".", "p")
+        close(case, f"{tag}/teacher_soft", jnp.exp(mixture(graph, text, p["lmbd"], t)))
+        close(case, f"{tag}/true", jnp.mean(label_losses(student, labels)))
         for name, target in (("original", "published"), ("corrected", "probabilities")):
 
             def distill(student, t=t, target=target):
                 return jnp.mean(distillation_losses(student, graph, text, p["lmbd"], t, target))
 
             value, gradient = jax.value_and_grad(distill)(student)
-            close(case, f"{name}/T{t}/distill", value)
+            close(case, f"{name}/{tag}/distill", value)
             if name == "corrected":
-                close(case, f"{name}/T{t}/dlogits", gradient)
+                close(case, f"{name}/{tag}/dlogits", gradient)
                 continue
             for alpha in p["alphas"]:
                 objective = GraphDistillation(p["lmbd"], alpha, t, "published")

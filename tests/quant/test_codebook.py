@@ -251,6 +251,14 @@ def test_constant_rows_are_finite():
         assert np.isfinite(backward(spec, w, jnp.ones_like(w), 0.5)).all()
 
 
+@pytest.mark.parametrize("granularity", [quant.per_channel(1), quant.per_tensor()])
+def test_constants_are_zeros_on_the_grid_of_two_states(granularity):
+    for value in (0.1, 0.3, -0.02, 1 / 3, 1e-3):
+        for length in (1, 7, 12, 384):
+            w = jnp.full((length, 2), value)
+            np.testing.assert_array_equal(quant.fake_quant(quant.absmean(2, granularity), w), 0)
+
+
 def test_what_does_not_go_together():
     for fields, words in [
         (dict(scheme="ternary", bits=4), "bits=2"),

@@ -354,6 +354,22 @@ def test_offset_grid_holds_its_lower_end_and_shifted_adds_it():
     np.testing.assert_array_equal(jax.grad(lambda x: quant.fake_quant(published, x, params).sum())(x), np.ones(6))
 
 
+def test_beyond_the_range_of_a_shifted_grid_is_as_at_its_end():
+    """The end is a range divided by its step, one rounding below the greatest level or at it (AG_NEWS study, section 5.3)."""
+    spec = quant.Spec(8, "shifted", rounding="truncate")
+    for high in np.float32([2.0643928, 1.0, 0.37, 5.3]):
+        params = quant.qparams(spec, jnp.float32(0.0), high)
+        step = high / np.float32(255)
+        x = np.float32([high, 1.5 * high, 10 * high])
+        want = np.trunc(np.clip(x, 0, high) / step) * step
+        np.testing.assert_allclose(quant.fake_quant(spec, jnp.asarray(x), params), want, rtol=1e-6)
+    rows = quant.Spec(8, "shifted", quant.per_channel(0), rounding="truncate")
+    table = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    params, ids = quant.estimate(rows, table), jnp.array([4, 0, 4])
+    looked_up = grid.fake_quant_rows(rows, jnp.asarray(table), ids, params)
+    np.testing.assert_array_equal(looked_up, quant.fake_quant(rows, jnp.asarray(table), params)[ids])
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_constants_on_an_offset_grid_stay_and_keep_their_gradient(bits):
     spec = quant.Spec(bits, "offset", quant.per_channel(0), range="dynamic")
