@@ -32,7 +32,8 @@ Otherwise the sizes are those of the Transformer-Tiny of Wu et al. 2021 ("Good f
 of width 128, joint subwords), with dropout 0.2 instead of 0.3. Their BLEU for text alone on test_2016_flickr is 41.0, in lower
 case and Moses tokens, where ours is 38.2. Expected of `tuned` (sacrebleu, one seed): full precision 37.8 (50 minutes on two
 cores), attention at 8, 4 and 2 bits 37.7, 37.8 and 36.3 (to nearest 37.0), at two bits beside a sign 35.4, all linear layers
-at 8 and 4 bits 37.7 and 36.9, binary everywhere 8.6, with a scale 33.6 (ten minutes each on a core); README has the rest.
+at 8 and 4 bits 37.7 and 36.9, binary attention 16.2, binary everywhere 8.6, with a scale 35.6 and 33.6 (ten minutes each on a
+core); README has the rest.
 """
 
 from ml_collections import ConfigDict
