@@ -315,9 +315,9 @@ def _assemble(
         )
     for path, value in found.items():
         if value.shape != expected[path].shape:
-            remedy = (
-                "load it with fresh_head=True" if path.startswith(family.fresh) else "its config.json does not fit it"
-            )
+            remedy = "its config.json does not fit it"
+            if path.startswith(family.fresh):
+                remedy = "it is of another task: give a model of this one, or fresh_head=True for a new classifier"
             raise UserError(f"{directory}: {path} has shape {value.shape}, expected {expected[path].shape}; {remedy}")
     found |= _initial(family, config, [path for path in expected if path not in found], seed)
     return Pretrained(family, config, _nested(expected, found), tuple(fresh), directory)

@@ -255,7 +255,7 @@ def test_a_wrong_shape_says_which_and_what(tmp_path):
 
 
 def test_another_number_of_labels_says_the_remedy(saved):
-    refuse(saved, "load it with fresh_head=True", num_labels=5)
+    refuse(saved, "another task: give a model of this one, or fresh_head=True", num_labels=5)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.999])
