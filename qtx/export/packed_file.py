@@ -136,7 +136,7 @@ def load_packed(path: str | Path) -> Packed:
             params[name] = unpack_weight(name, header["quantized"][name], tensors)
         elif ":" not in name:
             params[name] = jnp.asarray(value)
-    ranges = {site: grid.QParams(**fields)._asdict() for site, fields in qparams.items()}
+    ranges = {site: grid.QParams(**fields).stored() for site, fields in qparams.items()}
     original = policy_from_json(header["policy"])
     variables = {
         "params": traverse_util.unflatten_dict(params, sep="/"),

@@ -173,7 +173,7 @@ def adaround(
                 found, nearest, after, solver = work.round(
                     stage, call, name, chosen[name], stored_qparams(ranges, name)
                 )
-                put(ranges, name, found._asdict())
+                put(ranges, name, found.stored())
                 reports.append(LayerReport(name, nearest, after, solver, time.perf_counter() - clock))
                 bar.update(len(reports), nearest=nearest, rounded=after)
     flat = traverse_util.flatten_dict(params, sep="/")

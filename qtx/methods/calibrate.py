@@ -61,7 +61,7 @@ def weight_ranges(policy: Policy, sites: Mapping[str, SiteInfo], params: Mapping
             continue
         if spec.granularity.permute:
             raise UserError(f"weight {name!r}: permuted groups are for activations; use per_group(K) or per_channel()")
-        put(ranges, name, _estimate(spec.at(info.channel_axis, len(info.shape)), flat[name])._asdict())
+        put(ranges, name, _estimate(spec.at(info.channel_axis, len(info.shape)), flat[name]).stored())
     return ranges
 
 

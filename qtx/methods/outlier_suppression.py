@@ -182,7 +182,7 @@ def _pruned_ranges(specs: tuple[tuple[str, Spec, bool], ...], extremes: Any, qua
     ranges: dict[str, Any] = {}
     for name, spec, clipped in specs:
         low, high = jax.vmap(partial(estimators.pruned_range, quantile=quantile if clipped else 1.0))(*extremes[name])
-        put(ranges, name, grid.qparams(spec, jnp.mean(low), jnp.mean(high))._asdict())
+        put(ranges, name, grid.qparams(spec, jnp.mean(low), jnp.mean(high)).stored())
     return ranges
 
 

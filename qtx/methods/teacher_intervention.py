@@ -284,7 +284,7 @@ def check_interventions(
     """
     models = {"student": student, "teacher": teacher}
     sites = {side: shapes(model, args)[0] for side, model in models.items()}
-    for kind in {kind for stage in interventions.stages for kind in stage.kinds}:
+    for kind in dict.fromkeys(kind for stage in interventions.stages for kind in stage.kinds):
         for pair in interventions.layers:
             names = dict(zip(models, (layer_site(layer, KINDS[kind]) for layer in pair), strict=True))
             for side, name in names.items():

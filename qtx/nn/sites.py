@@ -181,7 +181,7 @@ def _params(
     if scope.is_mutable_collection("observers") and (kind != "weight" or stored is None):
         group = scope.get_variable("groups", role)
         state = estimators.observe(spec, scope.get_variable("observers", role), x, where, group)
-        stored = grid.qparams(spec, *estimators.estimated_range(spec, state), group)._asdict()
+        stored = grid.qparams(spec, *estimators.estimated_range(spec, state), group).stored()
         scope.put_variable("observers", role, state)
         scope.put_variable("ranges", role, stored)
     if stored is None:

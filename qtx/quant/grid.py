@@ -45,6 +45,11 @@ class QParams(NamedTuple):
     group: jax.Array | None = None
     top: jax.Array | None = None
 
+    def stored(self) -> dict[str, jax.Array | None]:
+        """Returns the fields by name, as a collection of ranges has them: without `top` where there is none."""
+        found = self._asdict()
+        return found if self.top is not None else {name: value for name, value in found.items() if name != "top"}
+
 
 def limits(spec: Spec, signed: jax.Array | bool) -> tuple[jax.Array, jax.Array]:
     """Returns the least and greatest integer of the grid as float32 scalars."""

@@ -315,7 +315,7 @@ def test_a_context_is_of_as_many_heads_on_both_sides():
     with pytest.raises(UserError, match=f"loss 'context': {words}"):
         distillation_phase(phase_of(), Teacher(more, {}), {"context": 1.0})
     with pytest.raises(UserError, match=f"intervention 'context': {words}"):
-        ti.intervention_phase(phase_of(), Teacher(more, {}), "gradual", {"logits": 1.0})
+        ti.intervention_phase(phase_of(), Teacher(more, {}), "context", {"logits": 1.0})
     ti.intervention_phase(phase_of(), Teacher(more, {}), "output", {"logits": 1.0})
 
 
