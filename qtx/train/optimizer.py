@@ -178,7 +178,7 @@ def bert_adam(config: OptimizerConfig, steps: int, batches_per_epoch: int = 1) -
 
     def updated(name, gradient, value, count, mu, nu):
         square = jnp.sum(jnp.square(gradient))
-        # NaN is reached, and what float32 cannot square, below 1e-22, is not: a second look at every element would double the
+        # NaN is reached, and what float32 cannot square, below 1e-19, is not: a second look at every element would double the
         # time of an update on CPU.
         reached = square != 0
         if config.max_grad_norm > 0:
