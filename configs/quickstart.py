@@ -2,8 +2,9 @@
 
     python launch/quickstart.py --workdir=runs/quickstart
 
-Shows what bits, granularity and range estimators are worth after training, against TF-IDF. Expected on 2 CPU cores: 5 minutes;
-full precision 0.82 to 0.83, TF-IDF 0.771, W8A8 PEG within a point of full precision, naive W8A8 three to four points below.
+Shows what bits, granularity and range estimators are worth after training, against TF-IDF. Expected on 2 CPU cores: 5 to 9
+minutes; full precision 0.82 to 0.83, TF-IDF 0.771, W8A8 PEG within a point of full precision, naive W8A8 three to
+four points below.
 
 `smoke` does the same on a few examples in seconds; its scores mean nothing.
 """
