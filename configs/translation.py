@@ -4,6 +4,7 @@ r"""Translation with a quantized encoder-decoder, after "Compressed Transformers
     python launch/train.py --config=configs/translation.py:attention_4 --data_dir=DATA --workdir=runs/attention_4
     python launch/quantize.py --config=configs/translation.py:ptq --config.model.name=runs/en_de/model --data_dir=DATA \
         --workdir=runs/ptq
+    python launch/evaluate.py --config=configs/translation.py:ptq --config.model.name=runs/ptq/quantized --data_dir=DATA
     python launch/translate.py --model=runs/en_de/model --input=sentences.txt --output=translations.txt
     python launch/sweep.py --config=configs/translation.py:multi30k --data_dir=DATA --workdir=runs/multi30k
     python launch/sweep.py --config=configs/translation.py:tuned --data_dir=DATA --workdir=runs/tuned
@@ -18,15 +19,17 @@ row in full precision and from it the others, two epochs each. Methods are
     binary_attention, binary_all  -1, 1, with the divisor of scores that they need; in `tuned` also "scaled", with a scale for
                                   each layer in place of that divisor
     attention_2 nearest         in `tuned` alone: rounded to nearest, in training, too
-    attention_2 magnitude       in `tuned` alone: two bits beside the sign, seven values, which is what was published
-    published_METHOD            as the original did it: B without the sign and wrapping at 8; drawn again at every token
+    attention_2 magnitude       in `tuned` alone: two bits beside the sign, seven values, as in the original's formula
+    published_METHOD            attention_B, all_B and binary ones as the original did them: B without the sign and wrapping at
+                                8; drawn again at every token
     METHOD+warm                 after four epochs in full precision
     full_precision+decay        22 epochs with a rate that falls to zero; in `tuned` the row that others start from
 
-Weights are rounded at random in training and drawn once for evaluation. `ptq` quantizes a trained model without training.
-Another corpus: `--config.task=iwslt14`, `tatoeba`, or `parallel` with `--config.data.pairs.train="('a.en', 'a.de')"` and
-so on; another direction: `--config.data.direction=de-en`. `base` behind a method, as in `attention_8+base`, has the published
-sizes, vocabularies and rates; `smoke` trains for seconds.
+Weights are rounded at random in training and drawn once for evaluation. `ptq` takes a trained model of any size: to quantize
+it without training, or to evaluate it. Another corpus: `--config.task=iwslt14`, `tatoeba`, `ted_talks` (which
+tensorflow-datasets downloads), or `parallel` with `--config.data.pairs.train="('a.en', 'a.de')"` and so on; another direction:
+`--config.data.direction=de-en`. `base` behind a method, as in `attention_8+base`, has the published sizes, vocabularies and
+rates; `smoke` trains for a minute or so.
 
 Otherwise the sizes are those of the Transformer-Tiny of Wu et al. 2021 ("Good for Misconceived Reasons": four and four layers
 of width 128, joint subwords), with dropout 0.2 instead of 0.3. Their BLEU for text alone on test_2016_flickr is 41.0, in lower
@@ -155,7 +158,7 @@ ORDERINGS = (
     ("binary_attention", ">", "binary_all"),
 )
 # Rows that `tuned` has besides: binary ones with a scale and two bits to nearest, which were not published, and two bits beside
-# a sign, which were.
+# a sign, which is how the original's formula counts them.
 FURTHER = ("binary_attention scaled", "binary_all scaled", "attention_2 nearest", "attention_2 magnitude")
 FURTHER_ORDERINGS = (
     ("binary_attention scaled", ">", "binary_attention"),
@@ -219,7 +222,7 @@ def get_config(arg: str = "full_precision"):
                 name=name,
                 changes=tuned(name) if arg == "tuned" else method(name),
                 start="full_precision" if arg == "tuned" and name != "full_precision" else "",
-                published={"multi30k": PUBLISHED[name]} if name in PUBLISHED else {},
+                published={"multi30k": PUBLISHED[of]} if (of := name.removesuffix(" magnitude")) in PUBLISHED else {},
             )
             for name in (*PUBLISHED, *further)
         )
@@ -236,6 +239,7 @@ def get_config(arg: str = "full_precision"):
         )
         return config
     if arg == "ptq":
+        config.recipe = ()
         config.model.sizes = ConfigDict()  # those of the checkpoint
         config.quant.update(weight_bits=8, weight_granularity="channel", activation_bits=8)
         config.calibration.update(batches=4, batch_size=32)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from qtx.errors import UserError
+
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -33,6 +35,16 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises a `UserError` if no file of this name could be written: so that it is said before the work, not behind it."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; give the name of a file")
+    parent = next(each for each in path.absolute().parents if each.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: {parent} is no directory that may be written to")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

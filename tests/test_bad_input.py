@@ -263,7 +263,10 @@ def test_storage_that_cannot_be_opened(tmp_path, url):
     ("changes", "named"),
     [
         ({"quant.overrides": "yy=16"}, "bad: unknown"),
-        ({"quant.weight_bits": 32, "quant.activation_bits": 32}, "bad: `quant` keeps everything in full precision"),
+        (
+            {"quant.weight_bits": 32, "quant.activation_bits": 32},
+            "bad: phase 'qat' is quantized, but `quant` keeps everything in full precision",
+        ),
         ({"recipe": ("qatt",)}, "'qat'"),
         ({"phases.qat.losses": "ternarybret"}, "bad: phases.qat.losses: unknown set of losses 'ternarybret'"),
         ({"phases.qat.losses": "logit=1"}, "bad: unknown distillation loss 'logit'"),
@@ -288,6 +291,22 @@ def test_a_recipe_is_looked_at_before_data_and_model(tiny_config, tmp_path):
     tiny_config.model.name = tiny_config.data.train = str(tmp_path / "nothing")
     tiny_config.phases.finetune.optimizer.schedule = "liner"
     assert "unknown schedule 'liner'" in message(run.train_and_evaluate, tiny_config, tmp_path)
+
+
+def test_a_policy_is_looked_at_before_data(tiny_config, tmp_path):
+    tiny_config.data.train = str(tmp_path / "nothing")
+    tiny_config.recipe = ("qat",)
+    tiny_config.quant.overrides = "encoder/nothing=16"
+    for entry in (run.train_and_evaluate, run.quantize):
+        assert "encoder/nothing" in message(entry, tiny_config, tmp_path)
+
+
+def test_what_there_is_to_do(tiny_config, tmp_path):
+    tiny_config.recipe = ()
+    assert "the recipe has no phases" in message(run.train_and_evaluate, tiny_config, tmp_path)
+    tiny_config.model.name = "text_classifier"
+    for entry in (run.quantize, run.evaluate):
+        assert "'text_classifier' is a model from nothing" in message(entry, tiny_config, tmp_path)
 
 
 def test_sweep_of_trials_that_do_not_exist(tmp_path):

@@ -263,6 +263,7 @@ def _memory(experiment: Classification, policy: Policy) -> Part:
             tables["memory"],
             _AT_EACH_WIDTH,
             tables["memory_widths"],
+            f"With the policy the peak is at {quantized[1]}; if it hardly falls with the bits, tensors without a grid make it.",
             f"While it runs, {c.batch_size} x {tokens} tokens, most at {plain[1]} (quantized: {quantized[1]}):",
             tables["memory_run"],
             _WHY_THEY_DIFFER,

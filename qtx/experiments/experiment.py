@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from qtx import models
 from qtx.analysis.amplify import amplify
-from qtx.errors import UserError, near_misses
+from qtx.errors import UserError, near_misses, warn
 from qtx.experiments.from_config import policy_from
 from qtx.export.packed import WEIGHTS_FILE, load_quantized, save_quantized
 from qtx.export.packed_file import packable
@@ -123,13 +123,25 @@ class Experiment(abc.ABC):
         """
         family, sizes = self.pretrained.family, self.pretrained.config
         models.save(workdir / "model", family, sizes, variables["params"], self.tokenizer, self.labels)
-        if policy is not None and packable(policy):
-            params = variables["params"]
-            if self.config.quant.evaluation_rounding == "drawn":  # what is packed is the draw that was evaluated
-                params = self.frozen(trained, variables)[1]["params"]
-            chosen = trained.policy  # type: ignore[attr-defined]
-            kept = self.tokenizer, self.labels
-            save_quantized(workdir / "quantized", family, sizes, chosen, params, variables["ranges"], *kept)
+        if policy is None:
+            return
+        if not packable(policy):
+            warn(
+                f"no {workdir / 'quantized'} is written: weights on these grids are no integers; model/ has them as floats"
+            )
+            return
+        if self.config.quant.published_evaluation:
+            warn(
+                f"{workdir / 'quantized'} holds weights that were rounded once; with quant.published_evaluation the scores of "
+                "the run are of weights drawn in every call"
+            )
+        variables, _ = self.published_form(trained, variables)
+        params = variables["params"]
+        if self.config.quant.evaluation_rounding == "drawn":  # what is packed is the draw that was evaluated
+            params = self.frozen(trained, variables)[1]["params"]
+        chosen = trained.policy  # type: ignore[attr-defined]
+        kept = self.tokenizer, self.labels
+        save_quantized(workdir / "quantized", family, sizes, chosen, params, variables["ranges"], *kept)
 
     @abc.abstractmethod
     def batches(self, split: str, batch_size: int, shuffle: bool, epochs: int | None, seed: int = 0) -> Any:

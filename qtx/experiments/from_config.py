@@ -123,7 +123,8 @@ def policy_from(section: ConfigDict, num_layers: int) -> Policy | None:
     weights = _weight_spec(section)
     if section.evaluation_rounding == "drawn" and (weights is None or weights.rounding != "stochastic"):
         raise UserError(
-            "quant.evaluation_rounding is 'drawn', but no weight is rounded at random; set quant.weight_rounding='stochastic'"
+            "quant.evaluation_rounding is 'drawn', but no weight is rounded at random; set it to 'nearest', "
+            "or quant.weight_rounding to 'stochastic'"
         )
     if section.student:
         return _student_policy(section, weights)

@@ -22,9 +22,9 @@ from qtx import models
 from qtx.data.parallel import FURTHER_TESTS
 from qtx.errors import UserError, near_misses
 from qtx.experiments.config import defaults_of, field_of, phases_of
-from qtx.experiments.experiment import LABELLED, VALIDATION, Experiment
+from qtx.experiments.experiment import LABELLED, VALIDATION, Experiment, family_and_sizes, from_nothing
 from qtx.experiments.from_config import evaluation_from, optimizer_from, policy_from, rounding_from, suppression_from
-from qtx.experiments.setup import setup
+from qtx.experiments.setup import setup, sites_of
 from qtx.experiments.teaching import check_phases, remaining_steps, taught
 from qtx.export.packed import save_quantized
 from qtx.files import write_text
@@ -58,6 +58,8 @@ def check_recipe(config: ConfigDict) -> None:
       UserError: on anything that does not exist, or does not go together.
     """
     sections = phases_of(config)
+    if not sections:
+        raise UserError("the recipe has no phases: name some, or give this configuration to launch/quantize.py")
     for name, section in sections:
         optimizer_from(section.optimizer)
         evaluation_from(name, section, lambda phase, variables: {})
@@ -74,6 +76,41 @@ def check_recipe(config: ConfigDict) -> None:
         raise UserError(
             f"the phases of a recipe share one stream of batches: give them one batch_size, not {sorted(sizes)}"
         )
+
+
+def check_run(config: ConfigDict, entry: str = "train", model: ConfigDict | None = None) -> None:
+    """Finds what would fail in the end, a recipe, a policy or a model that cannot be, before data and weights are read.
+
+    Args:
+      config: of the run.
+      entry: what it will do; of `evaluate` and `compare` only the model is checked.
+      model: the section `model` of the run that it begins with, if it does.
+
+    Raises:
+      UserError: on anything that does not exist, or does not go together.
+    """
+    if entry == "train":
+        check_recipe(config)
+    family, sizes = family_and_sizes(model or config.model)
+    phases = [name for name, section in phases_of(config) if section.quantized] if entry == "train" else []
+    if not phases and entry != "quantize":
+        return
+    policy = required_policy(config, sizes.num_layers, *phases[:1])
+    rounding = rounding_from(config.quant, config.adaround) if entry == "quantize" else None
+    check_quantization(policy, rounding, sites_of(config, family, sizes))
+    if entry == "quantize":
+        check_suppression(suppression_from(config.quant, config.outlier_suppression), sizes)
+
+
+def required_policy(config: ConfigDict, num_layers: int, phase: str = "") -> Policy:
+    """Returns the policy of `quant`; raises a `UserError`, which names the phase that needs it, where that is none."""
+    policy = policy_from(config.quant, num_layers)
+    if policy is None:
+        needs = f"phase {phase!r} is quantized, but " if phase else ""
+        raise UserError(
+            f"{needs}`quant` keeps everything in full precision; set weight_bits or activation_bits below 32"
+        )
+    return policy
 
 
 def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
@@ -107,10 +144,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
         optimizer = optimizer_from(section.optimizer)
         quantized_before = policy is not None
         if section.quantized:
-            policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
-            if policy is None:
-                raise UserError(f"phase {name!r} is quantized, but `quant` keeps everything in full precision")
-            policy = experiment.adapted(policy)
+            policy = experiment.adapted(required_policy(config, experiment.pretrained.config.num_layers, name))
             check_policy(policy, experiment.sites())
             if not config.quant.bit.linear_bias:
                 options["trainable"] = _trained_without_biases(experiment, policy, options["trainable"])
@@ -158,7 +192,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     Raises:
       UserError: on anything that does not fit, before training starts.
     """
-    check_recipe(config)
+    check_run(config)
     return train(setup(config), workdir)
 
 
@@ -301,6 +335,8 @@ def quantize(config: ConfigDict, workdir: str | Path, compare: bool = True) -> d
     Raises:
       UserError: on anything that does not fit; a checkpoint without a trained head, for one.
     """
+    require_checkpoint(config)
+    check_run(config, "quantize")
     workdir = Path(workdir)
     experiment = setup(config)
     experiment.check_packable()
@@ -348,6 +384,7 @@ def evaluate(config: ConfigDict, workdir: str | Path | None = None) -> dict[str,
       config: see `qtx.experiments.config`.
       workdir: receives `result.json`, if given.
     """
+    require_checkpoint(config)
     experiment = setup(config)
     require_trained(experiment)
     values = experiment.evaluate(experiment.model, experiment.variables, (*LABELLED, *FURTHER_TESTS))
@@ -371,9 +408,7 @@ def policy_to_apply(experiment: Experiment) -> Policy:
     require_trained(experiment)
     if experiment.model.policy is not None:  # type: ignore[attr-defined]
         raise UserError(f"{config.model.name} is quantized already; give the full-precision checkpoint")
-    policy = policy_from(config.quant, experiment.pretrained.config.num_layers)
-    if policy is None:
-        raise UserError("`quant` keeps everything in full precision; set weight_bits or activation_bits below 32")
+    policy = required_policy(config, experiment.pretrained.config.num_layers)
     rounding = rounding_from(config.quant, config.adaround)
     check_quantization(policy, rounding, experiment.sites())
     check_suppression(suppression_from(config.quant, config.outlier_suppression), experiment.pretrained.config)
@@ -391,6 +426,15 @@ def check_quantization(policy: Policy, rounding: AdaRound | None, sites: Mapping
     check_policy(policy, sites)
     if rounding is not None:
         layers_to_round(rounding, policy, [name for name, info in sites.items() if info.kind == "weight"])
+
+
+def require_checkpoint(config: ConfigDict) -> None:
+    """Raises a `UserError` if the section `model` names an architecture, which has nothing trained."""
+    if from_nothing(config.model):
+        raise UserError(
+            f"model.name {config.model.name!r} is a model from nothing; give the directory of a trained one: "
+            "--config.model.name=RUN/model"
+        )
 
 
 def require_trained(experiment: Experiment) -> None:

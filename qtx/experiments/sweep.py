@@ -27,12 +27,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from qtx.errors import UserError
-from qtx.experiments.config import field_of, phases_of, sweeping
-from qtx.experiments.experiment import family_and_sizes
-from qtx.experiments.from_config import policy_from, rounding_from, suppression_from
+from qtx.experiments.config import field_of, sweeping
 from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
-from qtx.experiments.run import check_quantization, check_recipe, check_suppression
-from qtx.experiments.setup import sites_of
+from qtx.experiments.run import check_run
 from qtx.experiments.study import Attempt, Claim, Ledger, TakenOver, without_password
 from qtx.experiments.sweep_plots import plot_sweep
 from qtx.experiments.sweep_report import Report, make_report
@@ -163,26 +160,11 @@ def check_models(trials: Sequence[Trial]) -> None:
     """
     sources = {trial.group: trial for trial in trials}
     for group, trial in sources.items():
-        entry, config = trial.row.entry, trial.config
         root = trial
         while root.start:
             root = sources[root.start]
         try:
-            if entry == "train":
-                check_recipe(config)
-            family, sizes = family_and_sizes(root.config.model)
-            quantized = entry == "train" and any(section.quantized for _, section in phases_of(config))
-            if not quantized and entry != "quantize":
-                continue
-            policy = policy_from(config.quant, sizes.num_layers)
-            if policy is None:
-                raise UserError(
-                    "`quant` keeps everything in full precision; set weight_bits or activation_bits below 32"
-                )
-            rounding = rounding_from(config.quant, config.adaround) if entry == "quantize" else None
-            check_quantization(policy, rounding, sites_of(config, family, sizes))
-            if entry == "quantize":
-                check_suppression(suppression_from(config.quant, config.outlier_suppression), sizes)
+            check_run(trial.config, trial.row.entry, root.config.model)
         except UserError as error:
             raise UserError(f"{group}: {error}" if group else str(error)) from None
 

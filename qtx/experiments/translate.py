@@ -19,7 +19,7 @@ from qtx.data.pair_tokenizer import UNK, PairTokenizer, Rows, load
 from qtx.data.reading import read_text, standard_input
 from qtx.errors import UserError, warn
 from qtx.export.packed import WEIGHTS_FILE, load_quantized
-from qtx.files import checksum, write_text
+from qtx.files import check_writable, checksum, write_text
 from qtx.methods.translation import Decoding, check_positions, translate_all
 from qtx.nn.encoder_decoder import EncoderDecoderConfig
 from qtx.train.logging import progress
@@ -145,7 +145,12 @@ def translate_file(
       direction: see `Translator.load`.
       decoding: how.
       max_length: see `Translator`.
+
+    Raises:
+      UserError: on a target that cannot be written, before anything is loaded; and see `Translator`.
     """
+    if target != "-":
+        check_writable(target)
     translator = Translator.load(model, direction)
     text = standard_input() if source == "-" else read_text(Path(source))
     lines = [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []

@@ -25,7 +25,7 @@ from qtx.experiments.experiment import LABELLED, Experiment, check_model, family
 from qtx.methods.translation import Decoding, TranslationLoss, check_positions, smoothed_kl, translate_all
 from qtx.nn.encoder_decoder import EncoderDecoderConfig
 from qtx.train.phase import inputs
-from qtx.train.sharding import shard_batch
+from qtx.train.sharding import replicate, shard_batch
 from qtx.train.translation_metrics import nltk_bleu, sacrebleu_scores
 
 TASKS = (*CORPORA, "parallel")
@@ -148,7 +148,8 @@ class Translation(Experiment):
         variables, drawn = self.published_form(model, variables)
         if drawn is None:
             model, variables = self.frozen(model, variables)
-        decoding = dataclasses.replace(decoding_of(self.config), **({"beam": 1} if quick else {}))
+        greedy = dataclasses.replace(decoding_of(self.config), beam=1)
+        decoding = greedy if quick else decoding_of(self.config)
         found: dict[str, float] = {}
         for split in splits:
             if split not in self.dataset.splits:
@@ -160,27 +161,49 @@ class Translation(Experiment):
             values = {name: score.value for name, score in sacrebleu_scores(texts, references).items()}
             if self.config.translation.published_bleu:
                 pad = self.pad_id
+                if decoding != greedy:  # as published
+                    ids = translate_all(model, variables, encoded.source, greedy, self.mesh, drawn)
                 tokens = [[token for token in row if token != pad] for row in ids.tolist()]
                 right = [encoded.target[row].tolist() for row in range(len(encoded))]
                 values["published_bleu"] = 100 * nltk_bleu(tokens, right)
-            values["loss"] = self.loss(model, variables, split)
+            values["loss"] = self.loss(model, variables, split, drawn)
             found |= {prefix + name: value for name, value in values.items()}
         return found | ({"score": found["bleu"] / 100} if "bleu" in found else {})
 
-    def loss(self, model: nn.Module, variables: Mapping[str, Any], split: str) -> float:
-        """Returns the mean cross-entropy of the target tokens of a split, in nats."""
+    def loss(
+        self, model: nn.Module, variables: Mapping[str, Any], split: str, rounding_seed: int | None = None
+    ) -> float:
+        """Returns the mean cross-entropy of the target tokens of a split, in nats.
+
+        Args:
+          model: module.
+          variables: what it is applied to.
+          split: of the data.
+          rounding_seed: of random rounding, drawn anew for every batch; None: nothing is drawn.
+        """
         longest = max(max(shape) for shape in bucket_shapes(self.encoded[split], 1))
         size = self.mesh.shape["data"] * jax.process_count() * max(1, self.config.data.eval_batch_size // 2)
         batches = self.batches(split, size * longest, shuffle=False, epochs=1)
         with jax.set_mesh(self.mesh):
-            sums = [_loss(model, variables, shard_batch(batch, self.mesh)) for batch in batches]
+            key = None if rounding_seed is None else replicate(jax.random.key(rounding_seed), self.mesh)
+            sums = [
+                _loss(model, variables, shard_batch(batch, self.mesh), key, number)
+                for number, batch in enumerate(batches)
+            ]
         total, words = np.sum(jax.device_get(sums), 0)
         return float(total / max(words, 1))
 
 
 @partial(jax.jit, static_argnums=0)
-def _loss(model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> jax.Array:
-    outputs: Any = model.apply(variables, *inputs(model, batch))
+def _loss(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    key: jax.Array | None,
+    number: jax.typing.ArrayLike,
+) -> jax.Array:
+    rngs = None if key is None else {"rounding": jax.random.fold_in(key, number)}
+    outputs: Any = model.apply(variables, *inputs(model, batch), rngs=rngs)
     pad = model.config.pad_token_id  # type: ignore[attr-defined]
     losses = smoothed_kl(outputs.logits, batch["labels"], 0.0, pad)
     return jnp.stack([jnp.sum(losses), jnp.sum(batch["labels"] != pad)])

@@ -229,7 +229,8 @@ def _size_ticks(low: float, high: float) -> list[float]:
 def plot_curves(curves: Table, path: str | os.PathLike[str]) -> None:
     """Draws what `training_curves` returns over the epochs: the loss, and below it the metrics, if there are any.
 
-    Every phase has a colour, every metric a style of line, and a vertical line stands where a later phase begins.
+    Every phase has a colour, every metric a style of line, and a vertical line stands where a later phase begins. A loss that
+    spans more than two powers of ten has a logarithmic axis.
 
     Args:
       curves: the table.
@@ -252,6 +253,8 @@ def plot_curves(curves: Table, path: str | os.PathLike[str]) -> None:
             if number:
                 axes.axvline(start, color=GREY, linewidth=0.8)
             axes.annotate(phase, (start, 1), (3, 2), axes.get_xaxis_transform(), "offset points", color=color)
+        if names is not metrics:
+            _scale_losses(axes, _points(curves, LOSS)[1])
         if names is metrics:
             for style, name in zip(itertools.cycle(_STYLES), names, strict=False):
                 axes.plot([], [], style, color=INK, markersize=4, label=name)
@@ -313,9 +316,7 @@ def plot_runs(
         axes.set_xlim(left=0)
         axes.set_xlabel("epochs", color=INK)
         axes.set_ylabel(title, color=INK)
-    positive = [loss for loss in losses if loss > 0]
-    if len(positive) == len(losses) > 0 and max(positive) > 100 * min(positive):
-        row[0].set_yscale("log")
+    _scale_losses(row[0], losses)
     handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
     if marks:
         kinds = ["begins a later phase"] * any(len(_starts(curves)) > 1 for curves in runs.values())
@@ -323,6 +324,12 @@ def plot_runs(
         handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label=", or ".join(kinds)))
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8, handlelength=3)
     save_figure(figure, path)
+
+
+def _scale_losses(axes: Any, losses: Sequence[float]) -> None:
+    """Gives losses that are positive and span more than two powers of ten a logarithmic axis."""
+    if losses and 0 < min(losses) < max(losses) / 100:
+        axes.set_yscale("log")
 
 
 def _run_style(number: int) -> dict[str, Any]:

@@ -1,9 +1,13 @@
 """Kinds of cases of "Compressed Transformers" about data: vocabularies, batches by tokens, the shift and the masks."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from qtx.data.pair_batching import evaluation_batches, interleaved_key, shifted, token_batches, training_pools
 from qtx.data.pair_tokenizer import SPECIALS, vocabulary
+from qtx.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
 
 def lists(batches):
@@ -37,11 +41,26 @@ def check_masks(case):
     target_input, labels = shifted(inputs["trg"])
     np.testing.assert_array_equal(target_input, expected["trg_input"])
     np.testing.assert_array_equal(labels.reshape(-1, 1), expected["trg_target"])
-    source_mask, keys = inputs["src"] != pad, target_input != pad
-    np.testing.assert_array_equal(source_mask[:, None, None], expected["src_mask"])
-    steps = np.arange(keys.shape[1])
-    np.testing.assert_array_equal(keys[:, None, None] & (steps <= steps[:, None]), expected["trg_mask"])
-    assert source_mask.sum() == expected["src_tokens"] and keys.sum() == expected["trg_tokens"]
+    words = int(max(inputs["src"].max(), inputs["trg"].max())) + 1
+    config = EncoderDecoderConfig(
+        words, words, hidden_size=4, num_layers=1, decoder_layers=1, num_heads=1, intermediate_size=4, pad_token_id=pad
+    )
+    model, ids = EncoderDecoder(config), (jnp.asarray(inputs["src"]), jnp.asarray(target_input))
+    _, found = model.apply(model.init(jax.random.key(0), *ids), *ids, mutable=["captures"])
+    seen = {
+        path: value > 0 for path, value in flatten_dict(found["captures"], sep="/").items() if path.endswith("probs")
+    }
+    source, target = expected["src_mask"], expected["trg_mask"]
+    masks = {
+        "encoder/layer_0/attention": source,
+        "decoder/layer_0/self_attention": target,
+        "decoder/layer_0/cross_attention": source,
+    }
+    for module, mask in masks.items():
+        attended = seen[f"{module}/probs"]
+        np.testing.assert_array_equal(attended, np.broadcast_to(mask, attended.shape), err_msg=module)
+    assert (inputs["src"] != pad).sum() == expected["src_tokens"]
+    assert (target_input != pad).sum() == expected["trg_tokens"]
 
 
 HANDLERS = {

@@ -143,6 +143,11 @@ def test_evaluation_as_published_draws_for_every_token_and_drops_biases(trained)
     assert not np.any(bias) and np.any(variables["params"]["generator"]["bias"])
     found = experiment.evaluate(model, experiment.variables, ("test",))
     assert set(found) == {"test_bleu", "test_chrf", "test_loss", "test_published_bleu"}
+    losses = [experiment.loss(model, variables, "test", seed) for seed in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
+    experiment.config.translation.beam = 1  # which the published measure has always
+    greedy = experiment.evaluate(model, experiment.variables, ("test",))
+    assert greedy["test_published_bleu"] == found["test_published_bleu"]
 
 
 @pytest.mark.parametrize("kind", ["model", "quantized"])
@@ -247,6 +252,13 @@ def test_what_a_translator_does_not_take(trained):
     ):
         with pytest.raises(UserError, match=said):
             translator(*arguments)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("one\n")
+    for output, said in ((tmp_path, "is a directory"), (tmp_path / "file" / "x", "is no directory")):
+        with pytest.raises(UserError, match=said):
+            translate_file("no model", str(tmp_path / "file"), str(output), None, DECODING, 10)
 
 
 def trained_config(trained):

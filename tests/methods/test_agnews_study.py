@@ -152,6 +152,7 @@ def test_the_first_epoch_is_one_of_those_that_are_asked_for():
         ("full_precision+latent", "does not go with 'latent'; choose from 'bert'"),
         ("w8+bert+small", "does not go with 'bert'; choose from 'latent'"),
         ("w8+small+latent", "does not go with 'small'; choose from 'latent', 'bert'; 'small' comes last"),
+        ("w8+latent+latent", "says one thing twice"),
         ("latent+small", "no BERT is as narrow as latent+small; choose minilm+small"),
     ],
 )
@@ -165,12 +166,13 @@ def test_a_sweep_is_no_experiment():
         setup(get_config("agnews", "orderings"))
 
 
-def test_progress_reaches_the_grid_by_the_epoch_and_soft_signs_are_not_packed(tiny_config, tmp_path):
+def test_progress_reaches_the_grid_by_the_epoch_and_soft_signs_are_not_packed(tiny_config, tmp_path, capsys):
     config = shrunk("published_ir_net_FFN", tiny_config)
     config.model.sizes = {}
     result = train_and_evaluate(config, tmp_path)
     assert float(result["schedule"]["progress"]) in (0.0, 0.5)
     assert not (tmp_path / "quantized").exists() and (tmp_path / "model").is_dir()
+    assert f"no {tmp_path / 'quantized'} is written" in capsys.readouterr().err
 
 
 def test_activation_ranges_follow_the_data_and_evaluation_as_published(tiny_config, tmp_path):

@@ -112,6 +112,7 @@ def test_curves_are_drawn(drawn, tmp_path):
     first, second, border = (
         [*map(list, zip(*line.get_xydata(), strict=True))] for line in (lines[0], lines[1], lines[2])
     )
+    assert loss.get_yscale() == "linear"
     assert (first, second) == ([[0.5, 1.0], [0.5, 0.25]], [[2.0], [0.125]]) and border[0] == [1.0, 1.0]
     assert lines[0].get_color() != lines[1].get_color()
     named = [text.get_text() for text in metrics.get_legend().get_texts()]
@@ -120,6 +121,9 @@ def test_curves_are_drawn(drawn, tmp_path):
     assert len(drawn[1].axes) == 1
     (dot,) = (line for line in drawn[1].axes[0].lines if len(line.get_xdata()))
     assert dot.get_marker() == "o" and dot.get_markersize() == 4, "one entry of the log can be seen"
+    steep = [{"step": step, "a/loss": value} for step, value in ((2, 200.0), (4, 1.0))]
+    plots.plot_curves(training_curves(steep, ["a"], 4), tmp_path / "steep.png")
+    assert drawn[2].axes[0].get_yscale() == "log"
 
 
 def drawn_of(axes):
