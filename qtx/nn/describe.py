@@ -19,6 +19,7 @@ from qtx.nn.sites import SiteInfo, list_sites
 from qtx.quant.policy import Kind, Policy
 
 FULL = "full precision"
+_BIAS = f"added in {FULL} after the product (bias)"
 
 _LAYER = re.compile(r"layer_(\d+)")
 _PLURALS = {"weight": "weights", "activation": "activations", "input": "inputs", "parameter": "other parameters"}
@@ -89,10 +90,12 @@ def describe(model: nn.Module, variables: Mapping[str, Any], *args: Any) -> Desc
         rows.append(_site_row(policy, name, sites[name]))
         bias = f"{name.rpartition('/')[0]}/bias"
         if sites[name].kind == "weight" and bias in rest:
-            product = name.endswith("/kernel")
-            reason = f"added in {FULL} after the {'product (bias)' if product else 'normalisation (shift)'}"
+            reason = _BIAS if name.endswith("/kernel") else f"added in {FULL} after the normalisation (shift)"
             rows.append(Row(bias, "parameter", rest.pop(bias), FULL, reason))
-    rows += [Row(name, "parameter", shape, FULL, "no site of the model") for name, shape in rest.items()]
+    for name, shape in rest.items():
+        module, _, parameter = name.rpartition("/")
+        tied = parameter == "bias" and f"{module}/input" in sites  # of a product whose matrix is another module's table
+        rows.append(Row(name, "parameter", shape, FULL, _BIAS if tied else "no site of the model"))
     return Description(tuple(rows))
 
 

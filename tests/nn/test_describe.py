@@ -4,6 +4,7 @@ import pytest
 
 from qtx.nn import BertClassifier, BertConfig, list_sites, policy
 from qtx.nn.describe import FULL, Row, describe
+from qtx.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from qtx.quant import asymmetric, per_channel, symmetric
 
 CONFIG = BertConfig(40, 16, 12, 2, 32, 16)
@@ -108,3 +109,11 @@ def test_a_model_without_policy(variables):
     description = describe(BertClassifier(CONFIG), variables, *INPUTS)
     assert all(row.treatment == FULL for row in description.rows)
     assert description.rows[0].reason == "the model has no policy"
+
+
+def test_a_product_whose_matrix_is_a_table_has_its_bias():
+    sizes = dict(hidden_size=4, num_layers=1, decoder_layers=1, num_heads=1, intermediate_size=4)
+    model, ids = EncoderDecoder(EncoderDecoderConfig(9, 9, **sizes, tied="target")), jnp.ones((1, 3), jnp.int32)
+    found = describe(model, model.init(jax.random.key(0), ids, ids), ids, ids)
+    reasons = {row.name: row.reason for row in found.rows if row.kind == "parameter"}
+    assert "after the product" in reasons["generator/bias"] == reasons["decoder/layer_0/ffn/up/bias"]
