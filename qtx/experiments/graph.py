@@ -52,7 +52,7 @@ def corpus_from(config: ConfigDict) -> Corpus:
     dataset, section = load_dataset(config), config.graph
     if config.data.splits != "graph":
         dataset = published_splits(dataset)
-    needed = section.tokenizer and words_kind(dataset.task, section.words) == "basic"
+    needed = section.tokenizer and words_kind(dataset, section.words) == "basic"
     tokenizer = data.load_tokenizer(models.locate(section.tokenizer)) if needed else None
     return make_corpus(dataset, section.words, tokenizer)
 

@@ -282,8 +282,8 @@ class GraphClassification(Classification):
         gcn_policy = (trained.policy or Policy()).matching(rest)  # type: ignore[attr-defined]
         gcn_config = trained.graph  # type: ignore[attr-defined]
         section = self.config.graph
-        words = words_kind(self.task, section.words)
-        texts = (self.task.name, section.words, section.tokenizer if words == "basic" else "")
+        words = words_kind(self.dataset, section.words)
+        texts = (self.task.name, words, section.tokenizer if words == "basic" else "")
         part = GraphPart(gcn_config, gcn, np.asarray(bank), self.graph.identity, gcn_policy, *texts)
         if self.graph_file is None:
             save_graph(self.graph, workdir / GRAPH_FILE)

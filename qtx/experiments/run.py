@@ -319,10 +319,12 @@ def quantize(config: ConfigDict, workdir: str | Path, compare: bool = True) -> d
     directory = workdir / "quantized"
     kept = experiment.tokenizer, experiment.labels
     size = save_quantized(directory, family, sizes, policy, quantized.params, quantized.ranges, *kept)
+    experiment.save_beside(directory)
     if not config.save_models:
         shutil.rmtree(directory)  # written to be counted
     elif suppression is not None:
         models.save(workdir / "model", family, sizes, quantized.params, experiment.tokenizer, experiment.labels)
+        experiment.save_beside(workdir / "model")
     for name, table in quantized.tables.items():
         table.print()
         table.save(workdir, name)

@@ -1,6 +1,7 @@
 """BitTransGNN by configuration: training, resuming, what is saved, distillation, and texts that come later."""
 
 import copy
+import dataclasses
 import shutil
 
 import jax
@@ -10,9 +11,11 @@ import pytest
 import scipy.sparse
 from flax import traverse_util
 
+from qtx.data.corpus import words_kind
 from qtx.data.tasks import get_task
 from qtx.errors import UserError
 from qtx.experiments.analyze import analyze
+from qtx.experiments.classification import load_dataset
 from qtx.experiments.classify import Classifier, classify_file
 from qtx.experiments.config import analysis, changed
 from qtx.experiments.graph_classification import GraphClassification
@@ -27,17 +30,19 @@ from tests.conftest import WORDS, make_tiny_config
 from tests.experiments.test_launch import get_config
 
 
-def write_corpus(directory, documents=60):
-    """Writes a small corpus in the layout of TextGCN: two thirds for training."""
+def write_corpus(directory, documents=60, task="mr"):
+    """Writes a small corpus in the layout of TextGCN: two thirds for training, and the others have a word that these lack."""
     rng = np.random.default_rng(0)
     rows, texts = [], []
     for i in range(documents):
         words = [rng.choice(["good", "great"] if i % 2 else ["bad", "awful"]), *rng.choice(WORDS, rng.integers(3, 8))]
-        rows.append(f"{i}\t{'train' if 3 * i < 2 * documents else 'test'}\t{i % 2}")
+        split = "train" if 3 * i < 2 * documents else "test"
+        words += ["Unseen?"] if split == "test" else []
+        rows.append(f"{i}\t{split}\t{get_task(task).labels[i % 2]}")
         texts.append(" ".join(words))
     (directory / "corpus").mkdir()
-    (directory / "mr.txt").write_text("\n".join(rows))
-    (directory / "corpus" / "mr.txt").write_text("\n".join(texts))
+    (directory / f"{task}.txt").write_text("\n".join(rows))
+    (directory / "corpus" / f"{task}.txt").write_text("\n".join(texts))
     return texts
 
 
@@ -269,8 +274,71 @@ def test_test_documents_are_attached_to_an_inductive_graph(run, tmp_path):
     found = experiment.logits(experiment.model, experiment.variables)
     # As texts that come when all is trained: the way of launch/classify.py, which reads them from nothing but the files.
     (texts,) = experiment.corpus.dataset.splits["test"].texts
+    assert "unseen" not in experiment.graph.vocabulary and all("unseen" in text for text in texts)
     _, values = Classifier.load(config.model.name, max_length=config.data.max_length)([[text] for text in texts])
     np.testing.assert_allclose(found["test"], values, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["", "static"])
+def test_new_texts_are_cleaned_as_their_corpus_was(run, tmp_path, method):
+    tiny, *_ = run
+    texts = write_corpus(tmp_path, task="R8")
+    texts = [f"{text}, rarest{i} of the films" for i, text in enumerate(texts)]
+    (tmp_path / "corpus" / "R8.txt").write_text("\n".join(texts))
+    config = copy.deepcopy(tiny)
+    config.task, config.data.dir, config.data.splits = "R8", str(tmp_path), "graph"
+    config.bittransgnn.update(method=method, graph="")
+    config.graph.inference = "inductive"
+    train_and_evaluate(config, tmp_path / "run")
+    config.model.update(name=str(tmp_path / "run" / "quantized"), fresh_head=False)
+    experiment = setup(config)
+    found = experiment.logits(experiment.model, experiment.variables)["test"]
+    (cleaned,) = experiment.dataset.splits["test"].texts
+    raw = [next(text for text in texts if experiment.dataset.cleaning(text) == each) for each in cleaned]
+    assert not any("rarest" in text or "the" in text.split() for text in cleaned)
+    _, values = Classifier.load(config.model.name, max_length=config.data.max_length)([[text] for text in raw])
+    expected = found if method else jax.nn.log_softmax(found)
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+    with pytest.raises(UserError, match="line 2 has no word left after cleaning"):
+        Classifier.load(config.model.name, max_length=16)([["good film"], ["the rarest"]])
+
+
+def test_the_words_of_a_graph_do_not_clean_what_the_encoder_reads(run, tmp_path):
+    tiny, *_ = run
+    texts = write_corpus(tmp_path)
+    for name, part in (
+        ("mr", texts[:40]),
+        ("validation", texts[40:]),
+    ):  # called as a corpus of TextGCN, which it is not
+        rows = [f"{text.capitalize()}.\t{i % 2}" for i, text in enumerate(part)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    config = copy.deepcopy(tiny)
+    config.task, config.data.splits = "table", "graph"
+    config.data.update(train=str(tmp_path / "mr.tsv"), validation=str(tmp_path / "validation.tsv"))
+    config.data.update(text_columns=("text",), label_column="label")
+    assert graph_words(config) == "basic"
+    config.graph.words = "cleaned"
+    config.bittransgnn.update(method="static", mix=0.0, graph="")
+    train_and_evaluate(config, tmp_path / "run")
+    new = [["The film? Zzz was GOOD."], ["Great plot..."], ["zzz"]]
+    classifier = Classifier.load(str(tmp_path / "run" / "quantized"), max_length=16)
+    alone = dataclasses.replace(classifier, part=None, graph=None)
+    np.testing.assert_allclose(classifier(new)[1], alone(new)[1], atol=1e-5)
+
+
+def graph_words(config):
+    """Returns the kind of words of a configuration's graph."""
+    return words_kind(load_dataset(config), config.graph.words)
+
+
+def test_a_text_that_the_graph_knows_no_word_of(run, capsys):
+    _, workdir, *_ = run
+    classifier = Classifier.load(str(workdir / "quantized"), max_length=16)
+    _, values = classifier([["good film"], ["goodness me"], ["was zzzqqq"], ["cityscape"]])
+    assert capsys.readouterr().err.startswith("warning: 2 lines, the first of them 2: no word is in the graph")
+    assert np.abs(values[1] - values[3]).max() > 1e-4, "the encoder reads what the graph does not know"
+    classifier([["good film"]])
+    assert not capsys.readouterr().err
 
 
 def test_what_a_moved_model_says_of_itself(run, tmp_path):
