@@ -167,6 +167,16 @@ class GraphClassification(Classification):
                 "a model with a graph is quantized as it trains; for its encoder alone leave bittransgnn.method empty"
             )
 
+    def alone(self) -> Classification:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Classification)}
+        params = self.pretrained.params
+        if isinstance(self.model, StudentAndTeacher):
+            params = params["student"]
+        pretrained = dataclasses.replace(
+            self.pretrained, params={name: value for name, value in params.items() if name != "gcn"}
+        )
+        return Classification(**fields | {"model": self.text_model(self.model), "pretrained": pretrained})
+
     def adapted(self, policy: Policy) -> Policy:
         """Returns the policy, for both of a student and its teacher where there are two models."""
         if not isinstance(self.model, StudentAndTeacher):

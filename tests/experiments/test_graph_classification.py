@@ -13,7 +13,9 @@ from flax import traverse_util
 
 from qtx.data.corpus import words_kind
 from qtx.data.tasks import get_task
+from qtx.data.text_graph import load_graph
 from qtx.errors import UserError
+from qtx.experiments import efficiency
 from qtx.experiments.analyze import analyze
 from qtx.experiments.classification import load_dataset
 from qtx.experiments.classify import Classifier, classify_file
@@ -386,6 +388,43 @@ def test_new_texts_are_classified_by_their_own_edges(run, tmp_path, capsys):
     (tmp_path / "graph.npz").write_bytes((workdir / "graph.npz").read_bytes()[:-50])
     with pytest.raises(UserError, match="no whole graph"):
         Classifier.load(str(workdir / "model"), str(tmp_path / "graph.npz"), 16)
+
+
+@pytest.mark.parametrize(("method", "rule"), [("dynamic", "corrected"), ("", "as_published")])
+def test_efficiency_counts_the_graph_of_the_run(run, tmp_path, monkeypatch, method, rule):
+    config, workdir, *_ = run
+    config = copy.deepcopy(config)
+    config.model.update(name=str(workdir / "model"), fresh_head=False)
+    config.bittransgnn.update(method=method, graph="")
+    config.data.splits, config.quant.bit.gcn_states = "graph", 3 if method else 0
+    with config.unlocked():
+        config.analyses, config.analysis = ("efficiency",), analysis()
+    section = config.analysis.efficiency
+    section.update(tokens=8, rule=rule)
+    monkeypatch.setattr(efficiency, "_latency", lambda *args: [])
+    monkeypatch.setattr(efficiency.published, "encoder_of", lambda family, sizes: efficiency.published.Encoder())
+    analyze(config, tmp_path / "found")
+    graph = load_graph(workdir / "graph.npz")
+    entries = graph.normalised.nnz if rule == "corrected" else graph.raw.nnz
+    by_hand = dict(nodes=graph.n_nodes, entries=entries, hidden=6)
+    if method:
+        by_hand |= dict(bits=np.log2(3), input_bits=8.0)
+    section.graph.update(by_hand)
+    section.sequences = graph.n_documents
+    analyze(config, tmp_path / "given")
+    found, given = ((tmp_path / name / "efficiency.csv").read_text() for name in ("found", "given"))
+    assert found == given and "energy with the graph" in found
+    if rule == "corrected":
+        features = 4 * graph.n_documents * 16 / 2**20
+        assert any(
+            row.startswith('theory,"graph, features"') and f"{features:.4g}"[:5] in row for row in found.split("\n")
+        )
+    else:  # the run of a moved model is not beside it
+        shutil.copytree(workdir / "model", tmp_path / "moved" / "model")
+        config.model.name, section.sequences = str(tmp_path / "moved" / "model"), 0
+        section.graph.nodes = 0
+        analyze(config, tmp_path / "moved" / "efficiency")
+        assert "graph" not in (tmp_path / "moved" / "efficiency" / "efficiency.csv").read_text()
 
 
 @pytest.mark.parametrize(
