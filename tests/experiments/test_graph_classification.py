@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -103,10 +104,22 @@ def test_an_argument_has_one_method(argument, named):
 def test_every_published_task_has_a_configuration():
     published = ("20ng", "mr", "r8", "r52", "ohsumed", "cola", "mrpc", "stsb", "rte", "wnli")
     assert {get_config("bittransgnn", name).task.lower() for name in published} == set(published)
-    metrics = {name: get_config("bittransgnn", f"{name}+sweep").sweep.metric for name in ("mr", "cola", "stsb")}
-    assert metrics == {"mr": "test_accuracy", "cola": "test_matthews", "stsb": "test_pearson"}
-    for name, metric in metrics.items():
-        assert metric.removeprefix("test_") in get_task(name).metrics
+    deciding = {"mr": "accuracy", "rte": "accuracy", "cola": "matthews", "mrpc": "f1", "stsb": "pearson"}
+    for name, metric in deciding.items():
+        config = get_config("bittransgnn", f"{name}+sweep")
+        assert config.sweep.metric == f"test_{metric}" and metric in get_task(name).metrics
+        assert {phase.metric for phase in (config.phases.finetune, config.phases.qat)} == {metric}
+
+
+@pytest.mark.parametrize("argument", ["sweep", "lambda"])
+def test_smoke_of_a_sweep_is_short(argument):
+    found, whole = (plan(get_config("bittransgnn", f"mr+{argument}{end}")) for end in ("+smoke", ""))
+    assert {trial.row.name for trial in found} == {trial.row.name for trial in whole} and len(found) <= 10
+    for trial in found:
+        config = trial.run_config(Path("runs"), 0, {})
+        assert {phase.epochs for phase in config.phases.values() if phase.keep_best} == {1.0}
+        assert config.data.limit_train == 120
+    assert {trial.seeds for trial in found} == {(0,)}
 
 
 def test_the_run_has_its_graph_and_weighted_f1_beside_the_score(run):
