@@ -101,6 +101,7 @@ def base() -> ConfigDict:
                 "batch_size": 32,
                 "share_permutation": "",  # role whose channel groups its layer shares, such as 'ffn/down/output'
                 "permutation": "full_precision",  # or 'published'
+                "ranges": "",  # directory of a packed model, whose ranges of activations training begins with
             },
             "adaround": dataclasses.asdict(AdaRound()) | {"examples": 1024},  # used where `quant.adaround` is on
             # Used where `quant.outlier_suppression` is on.

@@ -26,6 +26,7 @@ from qtx.experiments.graph_part import GRAPH_PART, GraphPart
 from qtx.experiments.plan import plan
 from qtx.experiments.run import evaluate, make_recipe, quantize, train_and_evaluate
 from qtx.experiments.setup import setup
+from qtx.export.packed import load_quantized
 from qtx.methods.bittransgnn import graph_loss
 from qtx.nn.graph import adjacency
 from qtx.nn.text_graph import StudentAndTeacher, TextGraphClassifier, mixture
@@ -114,7 +115,7 @@ def test_every_published_task_has_a_configuration():
 @pytest.mark.parametrize("argument", ["sweep", "lambda"])
 def test_smoke_of_a_sweep_is_short(argument):
     found, whole = (plan(get_config("bittransgnn", f"mr+{argument}{end}")) for end in ("+smoke", ""))
-    assert {trial.row.name for trial in found} == {trial.row.name for trial in whole} and len(found) <= 10
+    assert {trial.row.name for trial in found} == {trial.row.name for trial in whole} and len(found) <= 14
     for trial in found:
         config = trial.run_config(Path("runs"), 0, {})
         assert {phase.epochs for phase in config.phases.values() if phase.keep_best} == {1.0}
@@ -229,6 +230,71 @@ def test_static_training_moves_the_convolution_alone(run, tmp_path):
     before, after = flat(experiment.pretrained.params), flat(train_and_evaluate(config, tmp_path)["params"])
     moved = {name for name, value in before.items() if np.any(after[name] != value)}
     assert moved and all(name.startswith("gcn/") for name in moved)
+
+
+@pytest.fixture(scope="module")
+def suppressed(run, tmp_path_factory):
+    """A configuration of outlier suppression with clipped and learned ranges, and the directory of its run."""
+    config, workdir, *_ = run
+    config, directory = copy.deepcopy(config), tmp_path_factory.mktemp("suppressed")
+    config.bittransgnn.update(method="", graph="")
+    config.data.splits, config.quant.bit.states, config.quant.outlier_suppression = "graph", 0, "os"
+    config.quant.update(weight_bits=4, activation_bits=4)
+    config.outlier_suppression.learning_rate = 1e-3
+    config.model.update(name=str(workdir / "model"), fresh_head=False)
+    quantize(config, directory)
+    config.model.name, config.calibration.ranges = str(directory / "model"), str(directory / "quantized")
+    return config, directory
+
+
+@pytest.mark.parametrize("method", ["static", "dynamic"])
+def test_outlier_suppression_goes_on_with_its_ranges(suppressed, tmp_path, method):
+    config, directory = suppressed
+    config = copy.deepcopy(config)
+    config.bittransgnn.method, config.phases.qat.epochs = method, 1.0
+    train_and_evaluate(config, tmp_path)
+    before, after = (load_quantized(path / "quantized") for path in (directory, tmp_path))
+    ranges, kept = flat(before.ranges), flat(after.ranges)
+    assert ranges and ranges.keys() == kept.keys()
+    for name, value in ranges.items():
+        np.testing.assert_array_equal(kept[name], value, err_msg=name)
+    moved = {name for name, value in flat(before.params).items() if np.any(flat(after.params)[name] != value)}
+    assert bool(moved) == (method == "dynamic")
+    alone = copy.deepcopy(config)
+    alone.bittransgnn.method, alone.calibration.ranges = "", ""
+    logits = []
+    for path in (directory, tmp_path):
+        alone.model.name = str(path / "quantized")
+        experiment = setup(alone)
+        logits.append(experiment.logits(experiment.model, experiment.variables, ["test"])["test"])
+    assert np.allclose(*logits, atol=1e-6) == (method == "static"), "direct separation of a frozen encoder is itself"
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"quant.weight_bits": 8, "quant.activation_bits": 8}, "set the fields of `quant`"),
+        (
+            {
+                "quant.outlier_suppression": "",
+                "quant.bit.states": 3,
+                "quant.weight_bits": None,
+                "quant.activation_bits": 8,
+            },
+            "no ranges of activations that are stored",
+        ),
+        ({"calibration.ranges": "/no/such"}, "/no/such"),
+    ],
+)
+def test_ranges_that_do_not_fit(suppressed, fields, named):
+    config = changed(suppressed[0], {"bittransgnn.method": "static"} | fields, "test")
+    with pytest.raises(UserError, match=named):
+        make_recipe(setup(config))
+
+
+def test_ranges_are_for_training(suppressed, tmp_path):
+    with pytest.raises(UserError, match="calibration.ranges is what training begins with"):
+        quantize(suppressed[0], tmp_path)
 
 
 def test_distillation_learns_from_the_votes_of_the_teacher(run, tmp_path):
