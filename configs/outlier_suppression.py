@@ -9,7 +9,16 @@ The argument is bits and method: `w8a8`, `w6a6` or `w4a4` with `os` (Wei et al. 
 ranges learn), `os+` (Wei et al. 2023: channels are shifted and scaled) or `os+_as_published` (a study's run of the latter, in
 which nothing migrates and weights are quantized twice); or `smoke`. Calibration is on 256 training examples. The run leaves
 the packed artifact as `quantized/` and the float model whose outliers moved as `model/`, to go on from: it computes what
-the given one does.
+the given one does. Training goes on with its grids and its ranges, clipped and learned, by `calibration.ranges` and the fields
+of `quant` below. With a text graph (configs/bittransgnn.py), where scales stay fixed: `static` leaves the encoder as it was
+quantized, and `dynamic` and `distillation` train its weights.
+
+    python launch/quantize.py --config=configs/outlier_suppression.py:w6a6_os --config.task=mr --config.data.splits=graph \
+        --data_dir=DATA --config.model.name=runs/full_precision/model --workdir=runs/mr_os
+    python launch/train.py --config=configs/bittransgnn.py:mr+static --config.model.name=runs/mr_os/model \
+        --config.calibration.ranges=runs/mr_os/quantized --config.quant.bit.states=0 \
+        --config.quant.outlier_suppression=os --config.quant.weight_bits=6 --config.quant.activation_bits=6 \
+        --data_dir=DATA --workdir=runs/mr_os_static
 
 Encoders whose norms stand behind the residual sums migrate: BERT, RoBERTa, DistilBERT, SqueezeBERT and, within its layers,
 ALBERT.

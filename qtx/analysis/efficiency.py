@@ -114,7 +114,8 @@ def additions_per_weight(bits: float) -> int | None:
 def products(policy: Policy | None, sites: Mapping[str, SiteInfo]) -> tuple[Product, ...]:
     """Returns the matrix products of one forward pass of a model.
 
-    The bits of a linear layer's input are those of its input site. Where the policy quantizes activations instead, they
+    The bits of a linear layer's input are those of its input site, those of queries, keys and values the fewer of their layer's
+    output and of their heads. Where the policy quantizes activations instead, they
     are the most that any activation has: no site says which activation a layer reads.
 
     Args:
@@ -137,15 +138,16 @@ def products(policy: Policy | None, sites: Mapping[str, SiteInfo]) -> tuple[Prod
             operands = bits("weight", weight), min(bits("input", name), widest)
             found.append(Product(module, "linear", rows * math.prod(sites[weight].shape), outputs, *operands))
         elif role == "scores":
-            query, key, value = (f"{module}/{part}/output" for part in ("query", "key", "value"))
             keys, context = info.shape[-1], math.prod(sites[f"{module}/context"].shape)
-            operands = bits("activation", query), bits("activation", key)
-            found.append(
-                Product(name, "scores", math.prod(sites[query].shape) * keys, math.prod(info.shape), *operands)
-            )
+            heads = [
+                min(bits("activation", f"{module}/{part}/output"), bits("input", f"{module}/{part}_heads"))
+                for part in ("query", "key", "value")
+            ]
+            operands = heads[0], heads[1]
+            queries = math.prod(sites[f"{module}/query/output"].shape)
+            found.append(Product(name, "scores", queries * keys, math.prod(info.shape), *operands))
             probs = min(bits("activation", f"{module}/probs"), bits("input", f"{module}/probs_dropped"))
-            operands = probs, bits("activation", value)
-            found.append(Product(f"{module}/context", "context", context * keys, context, *operands))
+            found.append(Product(f"{module}/context", "context", context * keys, context, probs, heads[2]))
     return tuple(found)
 
 

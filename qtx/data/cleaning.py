@@ -7,20 +7,25 @@ backslash in front, and so stand in the published vocabularies. Tokenizers of mo
 from __future__ import annotations
 
 import collections
+import dataclasses
+import json
 import re
 import string
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenizers import models, normalizers, pre_tokenizers
 
 from qtx.errors import UserError
+from qtx.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PAIR_MARKER = "<<SEP>>"
 MIN_COUNT = 5  # of a word in the whole corpus
+_FILE = "cleaning.json"
 
 # NLTK's English stop words, in its order; the published corpora are made with these.
 _WITH_FORMS = "ain aren couldn didn doesn hadn hasn haven isn mightn mustn needn shan shouldn wasn weren won wouldn"
@@ -96,6 +101,43 @@ def without_backslashes(text: str) -> str:
 def with_backslashes(text: str) -> str:
     """Returns a cleaned text as graphs read it: the inverse of `without_backslashes`."""
     return re.sub(r"[()?]", r"\\\g<0>", text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cleaning:
+    """How the texts of a data set were cleaned before a model saw them: what texts that come later need, too.
+
+    Attributes:
+      words: that the whole corpus keeps, as `clean_string` writes them; None: all.
+    """
+
+    words: frozenset[str] | None = None
+
+    def __call__(self, text: str) -> str:
+        """Returns a raw text as the model's tokenizer reads it; empty if no word is left."""
+        words = clean_string(text).split()
+        return without_backslashes(" ".join(word for word in words if self.words is None or word in self.words))
+
+    def save(self, directory: Path) -> None:
+        """Writes it beside a model."""
+        words = None if self.words is None else sorted(self.words)
+        write_text(directory / _FILE, json.dumps({"words": words}))
+
+    @classmethod
+    def load(cls, directory: Path) -> Cleaning | None:
+        """Reads what lies beside a model; None where nothing does: the model takes texts as they are.
+
+        Raises:
+          UserError: the file is damaged.
+        """
+        path = directory / _FILE
+        if not path.is_file():
+            return None
+        try:
+            words = json.loads(path.read_text(encoding="utf-8"))["words"]
+            return cls(None if words is None else frozenset(words))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} cannot be read ({error}); take it from the run that trained the model") from None
 
 
 def split_pair(text: str) -> tuple[str, str]:

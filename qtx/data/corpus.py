@@ -11,14 +11,14 @@ import numpy as np
 
 from qtx.data.cleaning import basic_words, clean_corpus, clean_string, with_backslashes
 from qtx.data.sources import Dataset, Examples
-from qtx.data.tasks import Task
-from qtx.data.textgcn import CORPORA, published_order, validation_size
+from qtx.data.textgcn import published_order, validation_size
 from qtx.errors import UserError, near_misses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WORDS = ("published", "basic", "cleaned")
+KINDS = ("basic", "cleaned")
+WORDS = ("published", *KINDS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,18 +47,18 @@ def make_corpus(dataset: Dataset, words: str = "published", tokenizer: PreTraine
     Args:
       dataset: the data set.
       words: `published`: the cleaned words of TextGCN's corpora, `basic` for all else; `basic`: BERT's words; `cleaned`: as
-        TextGCN cleans, for single texts.
+        TextGCN cleans, for single texts. The splits keep the texts of the data set, whatever the words of the graph are.
       tokenizer: see `cleaning.basic_words`.
 
     Raises:
       UserError: an unknown kind of words, pairs of texts where single ones are needed, no document with words.
     """
-    kind = words_kind(dataset.task, words)
+    kind = words_kind(dataset, words)
     splits = {name: dataset.splits[name] for name in ("train", "validation", "test") if name in dataset.splits}
     columns = [list(itertools.chain(*parts)) for parts in zip(*(split.texts for split in splits.values()), strict=True)]
     if kind == "basic":
         texts = basic_words(columns, tokenizer)
-    elif words == "published":  # TextGCN's corpora are clean when they are loaded
+    elif dataset.cleaning is not None:  # TextGCN's corpora are clean when they are loaded
         texts = [with_backslashes(text) for text in columns[0]]
     else:
         texts = clean_corpus(columns[0])
@@ -73,11 +73,11 @@ def make_corpus(dataset: Dataset, words: str = "published", tokenizer: PreTraine
         if not len(rows):
             raise UserError(f"{dataset.task.name}: all documents of the split {name!r} are empty after cleaning")
         kept[name] = split.take(rows)
-    return Corpus(Dataset(dataset.task, kept), [text for text in texts if text], int(np.sum(~has_words)))
+    return Corpus(dataclasses.replace(dataset, splits=kept), [text for text in texts if text], int(np.sum(~has_words)))
 
 
-def words_kind(task: Task, words: str) -> str:
-    """Returns how documents of a task get their words, `basic` or `cleaned`, if `words` is as in `make_corpus`.
+def words_kind(dataset: Dataset, words: str) -> str:
+    """Returns how documents of a data set get their words, one of `KINDS`, if `words` is as in `make_corpus`.
 
     Raises:
       UserError: an unknown kind of words, or pairs of texts where single ones are needed.
@@ -85,31 +85,39 @@ def words_kind(task: Task, words: str) -> str:
     if words not in WORDS:
         raise UserError(f"unknown words {words!r} of a graph{near_misses(words, WORDS)}")
     if words == "published":
-        return "cleaned" if task.name in CORPORA else "basic"
+        return "basic" if dataset.cleaning is None else "cleaned"
+    task = dataset.task
     if words == "cleaned" and len(task.columns) > 1:
         raise UserError(f"task {task.name!r} has pairs of texts, and 'cleaned' takes single ones; use 'basic'")
     return words
 
 
 def new_documents(
-    task: Task, columns: Sequence[list[str]], words: str = "published", tokenizer: PreTrainedTokenizerBase | None = None
+    columns: Sequence[list[str]],
+    kind: str = "basic",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    is_clean: bool = False,
 ) -> list[str]:
-    """Returns the words of documents that come later, from raw texts, as `text_graph.attach` takes them.
+    """Returns the words of documents that come later, as `text_graph.attach` takes them.
 
     Which words are rare, or stop words, the graph's vocabulary says.
 
     Args:
-      task: the task of the graph.
-      columns: one list of M texts for each text column of the task.
-      words: as in `make_corpus`.
+      columns: one list of M texts for each text column of the task, as its data set has them.
+      kind: one of `KINDS`: that of the graph, from `words_kind`.
       tokenizer: as in `make_corpus`.
+      is_clean: the data set's texts are cleaned, and so are these: `Dataset.cleaning`.
 
     Raises:
-      UserError: as in `words_kind`.
+      UserError: an unknown kind, or pairs of texts where single ones are needed.
     """
-    if words_kind(task, words) == "basic":
+    if kind not in KINDS:
+        raise UserError(f"unknown kind of words {kind!r}{near_misses(kind, KINDS)}")
+    if kind == "cleaned" and len(columns) > 1:
+        raise UserError("these are pairs of texts, and a graph of cleaned words takes single ones")
+    if kind == "basic":
         return basic_words(columns, tokenizer)
-    return [clean_string(text) for text in columns[0]]
+    return [with_backslashes(text) if is_clean else clean_string(text) for text in columns[0]]
 
 
 def published_splits(dataset: Dataset) -> Dataset:
@@ -142,7 +150,7 @@ def published_splits(dataset: Dataset) -> Dataset:
         raise UserError(f"{task.name}: {len(train)} training examples are too few to split; at least 10 are needed")
     rows = {"train": train_rows[:-held_out], "validation": train_rows[-held_out:], "test": test_rows}
     everything = _joined(train, test)
-    return Dataset(task, {name: everything.take(np.array(part)) for name, part in rows.items()})
+    return dataclasses.replace(dataset, splits={name: everything.take(np.array(part)) for name, part in rows.items()})
 
 
 def _joined(first: Examples, second: Examples) -> Examples:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qtx.data.cleaning import Cleaning
 from qtx.data.reading import (
     OPENERS,
     as_text,
@@ -61,10 +62,17 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A task with its splits: always `train` and `validation`, and what else there is with labels, such as `test`."""
+    """A task with its splits.
+
+    Attributes:
+      task: what is to be predicted.
+      splits: always `train` and `validation`, and what else there is with labels, such as `test`.
+      cleaning: how the texts were cleaned; None: they are as they were written.
+    """
 
     task: Task
     splits: dict[str, Examples]
+    cleaning: Cleaning | None = None
 
 
 def load(
@@ -98,6 +106,7 @@ def load(
     """
     task = get_task(task) if isinstance(task, str) else task
     check_limits(limit_train, limit_eval)
+    cleaning = None
     if task.name in _PACKAGED:
         splits = _PACKAGED[task.name](task, seed)
     elif task.name in _GLUE:
@@ -105,10 +114,11 @@ def load(
     elif task.name == "ag_news":
         splits = _load_ag_news(task, data_dir, seed)
     elif task.name in CORPORA:
-        splits = {name: Examples((texts,), ids) for name, (texts, ids) in load_split_texts(task, data_dir).items()}
+        found, cleaning = load_split_texts(task, data_dir)
+        splits = {name: Examples((texts,), ids) for name, (texts, ids) in found.items()}
     else:
         raise UserError(f"task {task.name!r} is not built in; use load_table or load_folder for your own files")
-    return Dataset(task, limited(splits, limit_train, limit_eval, seed))
+    return Dataset(task, limited(splits, limit_train, limit_eval, seed), cleaning)
 
 
 def load_table(
@@ -200,7 +210,7 @@ def with_label_order(dataset: Dataset, path: str | os.PathLike[str]) -> Dataset:
         )
     ids = np.array([names.index(name) for name in task.labels], np.int32)
     splits = {name: Examples(split.texts, ids[split.labels]) for name, split in dataset.splits.items()}
-    return Dataset(dataclasses.replace(task, labels=tuple(names)), splits)
+    return dataclasses.replace(dataset, task=dataclasses.replace(task, labels=tuple(names)), splits=splits)
 
 
 # ------------------------------------------------------------------------------------ augmented training data

@@ -12,31 +12,32 @@ from pathlib import Path
 
 import numpy as np
 
-from qtx.data.cleaning import clean_corpus, without_backslashes
+from qtx.data.cleaning import Cleaning, clean_corpus, without_backslashes
 from qtx.data.reading import first_file, places, read_bytes
 from qtx.data.tasks import Task
-from qtx.errors import UserError, near_misses
+from qtx.errors import UserError, near_misses, warn
 
 CORPORA = ("20ng", "R8", "R52", "ohsumed", "mr")
+_KEEP_ALL = ("mr",)  # of which no stop word and no rare word is dropped
 _SHUFFLE_SEED = 0
 _VALIDATION_SHARE = 0.1
 
 
 def load_split_texts(
     task: Task, data_dir: str | os.PathLike[str] | None = None
-) -> dict[str, tuple[list[str], np.ndarray]]:
+) -> tuple[dict[str, tuple[list[str], np.ndarray]], Cleaning]:
     """Loads a corpus, cleaned, with the published splits.
 
     The files (plain or .gz) are in `<data_dir>/textgcn/` or `<data_dir>/`, as the published repositories have them. A cleaned
     corpus, `corpus/NAME.clean.txt`, is taken where it is there; else the raw one is cleaned, to the same bytes. Documents that
-    are empty after cleaning are left out before the split, as published.
+    are empty after cleaning are left out before the split, as published, and standard error says so.
 
     Args:
       task: one of `CORPORA`.
       data_dir: where the files are; the environment variable QTX_DATA_DIR when not given.
 
     Returns:
-      Texts, without backslashes, and [N] int32 class ids of `train`, `validation` and `test`.
+      Texts, without backslashes, and [N] int32 class ids of `train`, `validation` and `test`; and how they were cleaned.
 
     Raises:
       UserError: missing or damaged files, an unknown label, nothing left of a split.
@@ -50,6 +51,9 @@ def load_split_texts(
     kept = [i for i, text in enumerate(texts) if text]
     if not kept:
         raise UserError(f"{source}: all {len(texts)} documents are empty after cleaning; check the file")
+    if skipped := len(texts) - len(kept):
+        first = texts.index("") + 1
+        warn(f"{source}: {skipped} of {len(texts)} documents, the first on line {first}, are left out: no word is left")
     train, test = published_order([is_train[i] for i in kept])
     size = validation_size(len(train))
     parts = {"train": train[: len(train) - size], "validation": train[len(train) - size :], "test": test}
@@ -59,7 +63,8 @@ def load_split_texts(
             raise UserError(f"{path}: no documents for the split {name!r}; at least 10 train and 1 test are needed")
         rows = [kept[i] for i in positions]
         found[name] = ([without_backslashes(texts[i]) for i in rows], np.array([labels[i] for i in rows], np.int32))
-    return found
+    words = None if task.name in _KEEP_ALL else frozenset(word for text in texts for word in text.split())
+    return found, Cleaning(words)
 
 
 def validation_size(train_documents: int) -> int:
@@ -146,4 +151,4 @@ def _read_texts(folder: Path, task: Task) -> tuple[list[str], Path]:
     source = _need(folder, f"corpus/{task.name}.clean.txt", f"corpus/{task.name}.txt")
     texts = read_raw(source)
     is_clean = source.name.removesuffix(".gz").endswith(".clean.txt")
-    return texts if is_clean else clean_corpus(texts, keep_all=task.name == "mr"), source
+    return texts if is_clean else clean_corpus(texts, keep_all=task.name in _KEEP_ALL), source

@@ -67,6 +67,14 @@ class Classification(Experiment):
     def labels(self) -> tuple[str, ...]:
         return self.task.labels
 
+    def alone(self) -> Classification:
+        """Returns the experiment on the encoder with its classifier, without the graph that a model may have: here itself."""
+        return self
+
+    def save_beside(self, directory: Path) -> None:
+        if self.dataset.cleaning is not None:
+            self.dataset.cleaning.save(directory)
+
     def batches(self, split: str, batch_size: int, shuffle: bool, epochs: int | None, seed: int = 0) -> Batches:
         """Returns the batches of a split."""
         encoded, c = self.encoded[split], self.config.data

@@ -2,6 +2,8 @@
 
 A BitTransGNN attaches new documents to its graph by their own words and neighbours (`qtx.data.text_graph.attach`); the graph is
 not built again, and its nodes do not change. So what is said of a text depends on no other new one.
+
+The encoder reads a text as it read those of its data set: cleaned as they were (`qtx.data.cleaning.Cleaning`), or as it is.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from jax.sharding import Mesh
 
 from qtx import data, models
 from qtx.data.batching import Batches, bucket_lengths
-from qtx.data.cleaning import without_backslashes
-from qtx.data.corpus import new_documents, words_kind
+from qtx.data.cleaning import Cleaning
+from qtx.data.corpus import new_documents
 from qtx.data.reading import read_text, standard_input
 from qtx.data.text_graph import TextGraph, load_graph
 from qtx.errors import UserError, warn
@@ -55,6 +57,7 @@ class Classifier:
       max_length: tokens; the rest of a longer text is left out.
       part: what a graph model has beside the encoder, or None.
       graph: the graph that it was trained with, or None.
+      cleaning: of the texts that it was trained on; None: they were as they had been written.
     """
 
     text: nn.Module
@@ -66,6 +69,7 @@ class Classifier:
     max_length: int
     part: GraphPart | None
     graph: TextGraph | None
+    cleaning: Cleaning | None
 
     @classmethod
     def load(
@@ -111,10 +115,11 @@ class Classifier:
         tokenizer = data.load_tokenizer(directory)
         own = () if count == 1 else labels
         columns = _columns(directory, part)
-        return cls(text, variables, own, columns, tokenizer, make_mesh(), max_length, part, text_graph)
+        cleaning = Cleaning.load(directory)
+        return cls(text, variables, own, columns, tokenizer, make_mesh(), max_length, part, text_graph, cleaning)
 
     def __call__(self, texts: Sequence[Sequence[str]], batch_size: int = 32) -> tuple[list[str], np.ndarray]:
-        """Classifies texts.
+        """Classifies texts; says on standard error which of them the graph knows no word of.
 
         Args:
           texts: each of one string, or two for a model of pairs.
@@ -124,8 +129,8 @@ class Classifier:
           The label of each text (of a regression the number, as text), and log probabilities `[M, C]` (or numbers `[M, 1]`).
 
         Raises:
-          UserError: no text; one without a word, or with another number of columns than the model takes, or the others have.
-            Lines are counted from 1.
+          UserError: no text; one without a word, or none that is left after cleaning; or with another number of columns than
+            the model takes, or the others have. Lines are counted from 1.
         """
         if not texts:
             raise UserError("there are no texts to classify")
@@ -140,7 +145,7 @@ class Classifier:
                 )
             if len(row) != len(texts[0]):
                 raise UserError(f"line {number} has {_counted(len(row))} and line 1 {_counted(len(texts[0]))}")
-        columns = [list(column) for column in zip(*texts, strict=True)]
+        columns = self._as_trained([list(column) for column in zip(*texts, strict=True)])
         values = (
             self._plain(columns, batch_size, "logits") if self.part is None else self._attached(columns, batch_size)
         )
@@ -149,6 +154,14 @@ class Classifier:
         if self.part is None:
             values = np.asarray(jax.nn.log_softmax(values))
         return [self.labels[i] for i in values.argmax(-1)], values
+
+    def _as_trained(self, columns: list[list[str]]) -> list[list[str]]:
+        """Returns texts as the data set of the model has them."""
+        if self.cleaning is None:
+            return columns
+        cleaned = [[self.cleaning(text) for text in column] for column in columns]
+        _require_words(list(map("".join, zip(*cleaned, strict=True))))
+        return cleaned
 
     def _plain(self, columns: Sequence[list[str]], batch_size: int, output: str) -> np.ndarray:
         nothing = np.zeros(len(columns[0]), np.int32)
@@ -161,18 +174,17 @@ class Classifier:
 
     def _attached(self, columns: list[list[str]], batch_size: int) -> np.ndarray:
         assert self.part is not None and self.graph is not None, "only a graph model attaches texts"
-        own = data.Task(self.part.task, tuple(f"text{i}" for i in range(len(columns))), self.labels)
-        task = data.TASKS.get(self.part.task, own)
         tokenizer = data.load_tokenizer(models.locate(self.part.tokenizer)) if self.part.tokenizer else None
-        words = new_documents(task, columns, self.part.words, tokenizer)
-        for number, text in enumerate(words, 1):
-            if not text.split():
-                raise UserError(f"line {number} has no word left after cleaning; leave it out")
-        if words_kind(task, self.part.words) != "basic":  # the encoder was trained on cleaned texts, too
-            known = frozenset(self.graph.vocabulary)
-            columns = [[without_backslashes(" ".join(w for w in text.split() if w in known)) for text in words]]
+        words = new_documents(columns, self.part.words, tokenizer, self.cleaning is not None)
+        _require_words(words)
         features = jnp.asarray(self._plain(columns, batch_size, "pooled"))
         edges = edges_into(self.graph, words)
+        alone = np.flatnonzero(np.diff(edges.indptr) == 1)  # their self loop
+        if len(alone):
+            which = (
+                f"line {alone[0] + 1}" if len(alone) == 1 else f"{len(alone)} lines, the first of them {alone[0] + 1}"
+            )
+            warn(f"{which}: no word is in the graph, whose vote is of the encoder's features alone")
         joint = self._joint
         variables = {**self.variables, "params": self.variables["params"] | {"gcn": self.part.params}}
         outputs: Any = joint.apply(variables, features, edges, self._entering, method="attached")
@@ -195,6 +207,13 @@ class Classifier:
             "bank": {"features": jnp.asarray(self.part.features)},
         }
         return self._joint.apply(variables, method="entering")
+
+
+def _require_words(texts: Sequence[str]) -> None:
+    """Raises a `UserError` if a text is empty, which it was not before it was cleaned."""
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise UserError(f"line {number} has no word left after cleaning; leave it out")
 
 
 def _counted(texts: int) -> str:

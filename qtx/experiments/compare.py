@@ -159,6 +159,7 @@ def compare(config: ConfigDict, workdir: str | Path) -> list[Row]:
         directory = workdir / "quantized" / re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
         kept = experiment.tokenizer, experiment.labels
         size = save_quantized(directory, family, sizes, policy, quantized.params, quantized.ranges, *kept)
+        experiment.save_beside(directory)
         bits = bits_of(policy, "weight"), bits_of(policy, "activation")
         rows.append(Row(name, *bits, score, full - score, size, time.perf_counter() - clock))
         console.print(f"{name}: {score:.4f} ({full - score:+.4f} lost, {rows[-1].seconds:.0f} s)", highlight=False)

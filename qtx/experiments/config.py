@@ -101,6 +101,7 @@ def base() -> ConfigDict:
                 "batch_size": 32,
                 "share_permutation": "",  # role whose channel groups its layer shares, such as 'ffn/down/output'
                 "permutation": "full_precision",  # or 'published'
+                "ranges": "",  # directory of a packed model, whose ranges of activations training begins with
             },
             "adaround": dataclasses.asdict(AdaRound()) | {"examples": 1024},  # used where `quant.adaround` is on
             # Used where `quant.outlier_suppression` is on.
@@ -456,8 +457,8 @@ def analysis() -> ConfigDict:
                 "rule": "corrected",  # or 'as_published': bytes and energy by the formulas of BitTransGNN, errors included
                 "process": "7nm",  # of the energy table; or '45nm'
                 "repeats": 20,  # measured forward passes
-                "sequences": 1,  # texts that energy is given for
-                "graph": {  # of a two-layer graph convolution beside the encoder; 0 nodes: there is none
+                "sequences": 0,  # texts that energy is given for; 0: the documents of the graph, without one 1
+                "graph": {  # of a two-layer graph convolution beside the encoder; 0 nodes: the model's, if it has one
                     "nodes": 0,
                     "entries": 0,  # of the adjacency: symmetric, with self loops (as_published: as stored, without)
                     "hidden": 256,

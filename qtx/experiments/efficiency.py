@@ -2,10 +2,13 @@
 
 The theory assumes hardware that adds where weights are -1, 0 and 1 and multiplies integers at their width. What is measured
 is fake quantization in float32: its latency says what it costs to simulate such hardware. The bytes of the file are real.
+
+Of a model with a graph, the encoder is measured; what the graph adds is theory alone.
 """
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -15,25 +18,32 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from qtx.analysis import efficiency as theory
 from qtx.analysis import efficiency_as_published as published
 from qtx.analysis import memory
 from qtx.analysis.tradeoffs import plot_costs
-from qtx.errors import UserError, near_misses
+from qtx.data.text_graph import TextGraph, load_graph
+from qtx.errors import UserError, near_misses, warn
 from qtx.experiments.classification import Classification
 from qtx.experiments.from_config import rounding_from
+from qtx.experiments.graph import GRAPH_FILE
+from qtx.experiments.graph_classification import GraphClassification
+from qtx.experiments.graph_part import graph_config_from, part_of
 from qtx.experiments.measuring import environment, measure
 from qtx.experiments.run import post_training_quantization
 from qtx.export.packed import WEIGHTS_FILE, save_quantized
 from qtx.export.packed_file import packable
 from qtx.nn.bert import BertConfig
-from qtx.nn.sites import SiteInfo
+from qtx.nn.sites import SiteInfo, names_by_kind
+from qtx.nn.text_graph import GraphConfig, TextGraphClassifier
 from qtx.quant.policy import Policy
 from qtx.train.report import Table
 
 RULES = ("corrected", "as_published")
 MODELS = ("full precision", "quantized")
+_KERNEL, _INPUT = "gcn/layer_0/kernel", "gcn/layer_0/input"  # both layers are quantized alike
 COLUMNS = ("from", "figure", "unit", *MODELS, "smaller by")
 
 Row = list[Any]
@@ -49,8 +59,9 @@ def efficiency(experiment: Classification, policy: Policy) -> Callable[[Path], l
     Raises:
       UserError: a setting that does not exist or does not fit the model.
     """
-    experiment.check_packable()
-    c = experiment.config.analysis.efficiency
+    c = _settings(experiment, policy)
+    experiment = experiment.alone()
+    policy = policy.matching(names_by_kind(experiment.sites()))
     sizes = experiment.pretrained.config
     if not isinstance(sizes, BertConfig):
         raise UserError("analyses 'efficiency' counts the work of encoders of texts; leave it out")
@@ -65,7 +76,7 @@ def efficiency(experiment: Classification, policy: Policy) -> Callable[[Path], l
     args = [jax.ShapeDtypeStruct((c.batch_size, c.tokens), jnp.int32)] * len(experiment.pretrained.family.inputs)
     sites = experiment.sites(*args)
     costs = {
-        name: (_corrected if c.rule == "corrected" else _as_published)(experiment, of, sites)
+        name: (_corrected if c.rule == "corrected" else _as_published)(experiment, of, sites, c)
         for name, of in zip(MODELS, (None, policy), strict=True)
     }
     batches = experiment.calibration_batches()
@@ -79,17 +90,58 @@ def efficiency(experiment: Classification, policy: Policy) -> Callable[[Path], l
         rows = [row for row in found if any(row[3:])]
         if packable(policy):
             rows.append(["measured", "weights, in their file", "MiB", *_file_sizes(experiment, quantized, workdir)])
-        rows += _latency(experiment, quantized)
+        rows += _latency(experiment, quantized, c)
         return _blocks(rows, c, workdir)
 
     return run
 
 
+def _settings(experiment: Classification, policy: Policy) -> ConfigDict:
+    """Returns the section with the sizes of the model's graph, where none are given and it has one, and its texts."""
+    c = copy.deepcopy(experiment.config.analysis.efficiency)
+    if c.graph.nodes and not c.sequences:
+        raise UserError(
+            "analysis.efficiency.graph.nodes is given: give the documents among them as analysis.efficiency.sequences, too"
+        )
+    if not c.graph.nodes and (found := _graph_of(experiment, policy)) is not None:
+        graph, convolution, its_policy = found
+        entries = graph.normalised.nnz if c.rule == "corrected" else graph.raw.nnz
+        specs = {kind: its_policy.spec(kind, name) for kind, name in (("weight", _KERNEL), ("input", _INPUT))}
+        widths = [32.0 if spec is None else float(spec.storage_bits) for spec in specs.values()]
+        c.graph.update(nodes=graph.n_nodes, entries=entries, hidden=convolution.hidden_size)
+        c.graph.update(bits=widths[0], input_bits=widths[1])
+        c.sequences = c.sequences or graph.n_documents
+    c.sequences = c.sequences or 1
+    return c
+
+
+def _graph_of(experiment: Classification, policy: Policy) -> tuple[TextGraph, GraphConfig, Policy] | None:
+    """Returns the graph of a model, its convolution and what that is quantized by; None if there is no graph."""
+    if isinstance(experiment, GraphClassification):
+        if not isinstance(experiment.model, TextGraphClassifier):
+            return None  # a student, which is an encoder alone
+        found = experiment.graph, graph_config_from(experiment.config.bittransgnn), policy
+    else:
+        directory = experiment.pretrained.directory
+        if directory is None or (part := part_of(directory)) is None:
+            return None
+        path = directory.parent / GRAPH_FILE
+        if not path.is_file():
+            warn(f"{directory} was trained with a graph, but there is no {path}: the figures are of the encoder alone")
+            return None
+        found = load_graph(path), part.config, part.policy
+    if found[1].num_layers != 2:
+        warn(
+            f"a graph convolution of {found[1].num_layers} layers is not counted: the figures are of the encoder alone"
+        )
+        return None
+    return found
+
+
 def _corrected(
-    experiment: Classification, policy: Policy | None, sites: Mapping[str, SiteInfo]
+    experiment: Classification, policy: Policy | None, sites: Mapping[str, SiteInfo], c: ConfigDict
 ) -> dict[tuple[str, str], float]:
     """Returns figures by name and unit, from the sites of the model itself."""
-    c = experiment.config.analysis.efficiency
     items = memory.weight_memory(policy, sites, experiment.pretrained.params) + memory.range_memory(policy, sites)
     found = theory.products(policy, sites)
     bytes_of = memory.totals(items)
@@ -119,10 +171,9 @@ def _corrected(
 
 
 def _as_published(
-    experiment: Classification, policy: Policy | None, sites: Mapping[str, SiteInfo]
+    experiment: Classification, policy: Policy | None, sites: Mapping[str, SiteInfo], c: ConfigDict
 ) -> dict[tuple[str, str], float]:
     """Returns figures by name and unit, by the formulas of BitTransGNN; operations of integers are those of int8."""
-    c = experiment.config.analysis.efficiency
     sizes = experiment.pretrained.config
     assert isinstance(sizes, BertConfig)  # only classifiers come here
     encoder = published.encoder_of(experiment.pretrained.family.name, sizes)
@@ -168,9 +219,8 @@ def _file_sizes(experiment: Classification, quantized: Any, workdir: Path) -> tu
     return checkpoint.stat().st_size / 2**20 if checkpoint and checkpoint.is_file() else None, size
 
 
-def _latency(experiment: Classification, quantized: Any) -> list[Row]:
+def _latency(experiment: Classification, quantized: Any, c: ConfigDict) -> list[Row]:
     """Measures both models in turn: seconds of wall time from the call to the logits, weights on their grids already."""
-    c = experiment.config.analysis.efficiency
     shape = c.batch_size, c.tokens
     ones, zeros = jnp.ones(shape, jnp.int32), jnp.zeros(shape, jnp.int32)
     args = tuple(zeros if name == "token_type_ids" else ones for name in experiment.pretrained.family.inputs)

@@ -123,6 +123,7 @@ class Experiment(abc.ABC):
         """
         family, sizes = self.pretrained.family, self.pretrained.config
         models.save(workdir / "model", family, sizes, variables["params"], self.tokenizer, self.labels)
+        self.save_beside(workdir / "model")
         if policy is None:
             return
         if not packable(policy):
@@ -142,6 +143,11 @@ class Experiment(abc.ABC):
         chosen = trained.policy  # type: ignore[attr-defined]
         kept = self.tokenizer, self.labels
         save_quantized(workdir / "quantized", family, sizes, chosen, params, variables["ranges"], *kept)
+        self.save_beside(workdir / "quantized")
+
+    def save_beside(self, directory: Path) -> None:
+        """Writes into a saved model's directory what else is needed to give it new examples: of most experiments nothing."""
+        return
 
     @abc.abstractmethod
     def batches(self, split: str, batch_size: int, shuffle: bool, epochs: int | None, seed: int = 0) -> Any:

@@ -30,6 +30,7 @@ from qtx.data.text_graph import (
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import load_dataset
 from qtx.experiments.config import defaults_of
+from qtx.experiments.graph_part import graph_config_from
 from qtx.experiments.images import TASKS as IMAGES
 from qtx.experiments.translation import TASKS as TRANSLATION
 from qtx.train.logging import progress
@@ -52,7 +53,7 @@ def corpus_from(config: ConfigDict) -> Corpus:
     dataset, section = load_dataset(config), config.graph
     if config.data.splits != "graph":
         dataset = published_splits(dataset)
-    needed = section.tokenizer and words_kind(dataset.task, section.words) == "basic"
+    needed = section.tokenizer and words_kind(dataset, section.words) == "basic"
     tokenizer = data.load_tokenizer(models.locate(section.tokenizer)) if needed else None
     return make_corpus(dataset, section.words, tokenizer)
 
@@ -151,6 +152,7 @@ def build(config: ConfigDict, workdir: str) -> TextGraph:
     """
     start = time.monotonic()
     settings = settings_from(config.graph)
+    graph_config_from(config.bittransgnn)  # which the graph does not need, and training will refuse
     if (Path(workdir) / "config.json").exists():
         check_config(config, workdir, defaults_of(config))
     corpus = corpus_from(config)

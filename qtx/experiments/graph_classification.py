@@ -167,6 +167,16 @@ class GraphClassification(Classification):
                 "a model with a graph is quantized as it trains; for its encoder alone leave bittransgnn.method empty"
             )
 
+    def alone(self) -> Classification:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Classification)}
+        params = self.pretrained.params
+        if isinstance(self.model, StudentAndTeacher):
+            params = params["student"]
+        pretrained = dataclasses.replace(
+            self.pretrained, params={name: value for name, value in params.items() if name != "gcn"}
+        )
+        return Classification(**fields | {"model": self.text_model(self.model), "pretrained": pretrained})
+
     def adapted(self, policy: Policy) -> Policy:
         """Returns the policy, for both of a student and its teacher where there are two models."""
         if not isinstance(self.model, StudentAndTeacher):
@@ -282,8 +292,8 @@ class GraphClassification(Classification):
         gcn_policy = (trained.policy or Policy()).matching(rest)  # type: ignore[attr-defined]
         gcn_config = trained.graph  # type: ignore[attr-defined]
         section = self.config.graph
-        words = words_kind(self.task, section.words)
-        texts = (self.task.name, section.words, section.tokenizer if words == "basic" else "")
+        words = words_kind(self.dataset, section.words)
+        texts = (self.task.name, words, section.tokenizer if words == "basic" else "")
         part = GraphPart(gcn_config, gcn, np.asarray(bank), self.graph.identity, gcn_policy, *texts)
         if self.graph_file is None:
             save_graph(self.graph, workdir / GRAPH_FILE)

@@ -34,8 +34,8 @@ class GraphPart:
       graph: identity of its graph, see `qtx.data.text_graph.TextGraph`.
       policy: of its sites alone.
       task: whose texts the graph is of.
-      words: kind of words of the graph, see `qtx.data.corpus.make_corpus`.
-      tokenizer: likewise.
+      words: kind of words of the graph, see `qtx.data.corpus.words_kind`.
+      tokenizer: of these words, see `qtx.data.corpus.make_corpus`.
     """
 
     config: GraphConfig

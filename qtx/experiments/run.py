@@ -26,7 +26,7 @@ from qtx.experiments.experiment import LABELLED, VALIDATION, Experiment, family_
 from qtx.experiments.from_config import evaluation_from, optimizer_from, policy_from, rounding_from, suppression_from
 from qtx.experiments.setup import setup, sites_of
 from qtx.experiments.teaching import check_phases, remaining_steps, taught
-from qtx.export.packed import save_quantized
+from qtx.export.packed import load_quantized, save_quantized
 from qtx.files import write_text
 from qtx.methods.adaround import adaround, layers_to_round
 from qtx.methods.bit_transformer import without_linear_bias
@@ -34,7 +34,7 @@ from qtx.methods.calibrate import calibrate, with_frozen_weights
 from qtx.methods.layer_rounding import AdaRound
 from qtx.methods.norm_migration import links
 from qtx.methods.outlier_suppression import OutlierSuppression, suppress
-from qtx.methods.qat import qat_phase
+from qtx.methods.qat import known_ranges, qat_phase
 from qtx.nn.describe import describe
 from qtx.nn.sites import SiteInfo, check_policy
 from qtx.quant.policy import Policy, matches
@@ -159,6 +159,10 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
                 section.weight_ranges,
                 **options,
             )
+            if config.calibration.ranges:
+                sites = experiment.sites()
+                found = _packed_ranges(config.calibration.ranges, policy, sites)
+                phase = dataclasses.replace(phase, prepare=known_ranges(found, sites))
             if quantized_before:  # on with the ranges of the phase before
                 phase = dataclasses.replace(phase, prepare=None)
         else:
@@ -167,6 +171,30 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
         phase = taught(phase, section, experiment, any(each.model.policy is None for each in recipe))
         recipe.append(remaining_steps(phase, section, recipe, experiment))
     return recipe, policy
+
+
+def _packed_ranges(name: str, policy: Policy, sites: Mapping[str, SiteInfo]) -> dict[str, Any]:
+    """Returns the ranges of activations of a packed model, for a policy that has the same grids there.
+
+    Raises:
+      UserError: there is no such model, its grids are others, or the policy has no ranges of activations.
+    """
+    packed = load_quantized(models.locate(name))
+    needed = 0
+    for site, info in sites.items():
+        specs = [each.spec(info.kind, site) for each in (policy, packed.original)]
+        wanted, there = (None if spec is None else (spec.bits, spec.scheme, spec.granularity) for spec in specs)
+        if info.kind == "weight" or wanted is None or specs[0].range == "dynamic":  # type: ignore[union-attr]
+            continue
+        needed += 1
+        if wanted != there or specs[1].range == "dynamic":  # type: ignore[union-attr]
+            raise UserError(
+                f"calibration.ranges: {name} has no range for the grid of {site}; set the fields of `quant` that it was "
+                "quantized with"
+            )
+    if not needed:
+        raise UserError(f"calibration.ranges is {name!r}, but `quant` has no ranges of activations that are stored")
+    return packed.ranges
 
 
 def _trained_without_biases(experiment: Experiment, policy: Policy, patterns: Sequence[str]) -> tuple[str, ...]:
@@ -355,10 +383,12 @@ def quantize(config: ConfigDict, workdir: str | Path, compare: bool = True) -> d
     directory = workdir / "quantized"
     kept = experiment.tokenizer, experiment.labels
     size = save_quantized(directory, family, sizes, policy, quantized.params, quantized.ranges, *kept)
+    experiment.save_beside(directory)
     if not config.save_models:
         shutil.rmtree(directory)  # written to be counted
     elif suppression is not None:
         models.save(workdir / "model", family, sizes, quantized.params, experiment.tokenizer, experiment.labels)
+        experiment.save_beside(workdir / "model")
     for name, table in quantized.tables.items():
         table.print()
         table.save(workdir, name)
@@ -408,6 +438,8 @@ def policy_to_apply(experiment: Experiment) -> Policy:
     require_trained(experiment)
     if experiment.model.policy is not None:  # type: ignore[attr-defined]
         raise UserError(f"{config.model.name} is quantized already; give the full-precision checkpoint")
+    if config.calibration.ranges:
+        raise UserError("calibration.ranges is what training begins with, and nothing is trained here; leave it empty")
     policy = required_policy(config, experiment.pretrained.config.num_layers)
     rounding = rounding_from(config.quant, config.adaround)
     check_quantization(policy, rounding, experiment.sites())

@@ -7,13 +7,15 @@ al. 2020). Their scaling of these gradients is off by default, as in Bondarenko 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
+from flax import traverse_util
 
 from qtx.errors import UserError
-from qtx.methods.calibrate import Args, calibrate
+from qtx.methods.calibrate import Args, calibrate, weight_ranges
+from qtx.nn.sites import SiteInfo
 from qtx.quant.policy import Policy
 from qtx.quant.spec import Spec
 from qtx.train.optimizer import OptimizerConfig
@@ -32,8 +34,9 @@ def training_policy(
 
     Args:
       policy: of the quantized model.
-      ranges: `'learned'` trains every static range; `'fixed'` keeps what calibration found; `'updated'` re-estimates:
-        weight ranges from the present weights at every step, activation ranges by their estimator.
+      ranges: `'learned'` trains every static range; `'fixed'` keeps what calibration found, also where the policy's own ranges
+        are learned; `'updated'` re-estimates: weight ranges from the present weights at every step, activation ranges by their
+        estimator.
       weight_ranges: the same for weights alone; None: as `ranges`.
       backward: of learned ranges: what is kept for the gradients of the scales, see `qtx.quant.spec.Spec`.
     """
@@ -49,9 +52,30 @@ def training_policy(
     def dynamic(spec: Spec) -> Spec:
         return dataclasses.replace(spec, range="dynamic")
 
-    found = policy.map_specs(learned) if ranges == "learned" else policy
-    changes = {"learned": learned, "updated": dynamic, "fixed": lambda spec: spec}
+    def fixed(spec: Spec) -> Spec:
+        return dataclasses.replace(spec, range="static") if spec.range == "learned" else spec
+
+    found = policy.map_specs(learned if ranges == "learned" else fixed)
+    changes = {"learned": learned, "updated": dynamic, "fixed": fixed}
     return dataclasses.replace(found, weights=policy.map_specs(changes[of_weights]).weights)
+
+
+def known_ranges(
+    ranges: Mapping[str, Any], sites: Mapping[str, SiteInfo]
+) -> Callable[[nn.Module, Any], dict[str, Any]]:
+    """Returns what prepares a phase, in place of calibration: ranges of activations as given, those of weights from these.
+
+    Args:
+      ranges: nested, of activations and inputs.
+      sites: of the model.
+    """
+
+    def prepare(model: nn.Module, params: Any) -> dict[str, Any]:
+        policy: Policy = model.policy  # type: ignore[attr-defined]
+        flat = traverse_util.flatten_dict(weight_ranges(policy, sites, params))
+        return traverse_util.unflatten_dict(flat | traverse_util.flatten_dict(dict(ranges)))
+
+    return prepare
 
 
 def qat_phase(

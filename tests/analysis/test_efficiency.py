@@ -11,6 +11,7 @@ from qtx import asymmetric, binary, loss_aware, policy, symmetric, ternary
 from qtx.analysis import efficiency
 from qtx.analysis.efficiency import Graph, Product, energy, macs, operations, power, products, summary
 from qtx.errors import UserError
+from qtx.methods.bit_transformer import bit_policy
 from qtx.models import get_family
 from qtx.nn import BertClassifier, list_sites
 from tests.nn import tiny
@@ -65,6 +66,14 @@ def test_bits_of_inputs_are_those_of_their_own_grid(sites):
     rules = policy(inputs={"**": symmetric(8)})
     linear = [product for product in products(rules, sites) if product.kind == "linear"]
     assert {product.input_bits for product in linear} == {8}
+
+
+@pytest.mark.parametrize(("attention", "bits"), [(True, 8), (False, 32)])
+def test_queries_keys_and_values_are_as_wide_as_their_heads(sites, attention, bits):
+    found = products(bit_policy(3, attention=attention), sites)
+    operands = {p.kind: (p.weight_bits, p.input_bits) for p in found if p.kind != "linear"}
+    assert operands == {"scores": (bits, bits), "context": (32, bits)}
+    assert (counts(found)["int8"][1] == ATTENTION) == attention, "of scores; probabilities are in float32"
 
 
 def test_an_activation_in_full_precision_keeps_the_unknown_inputs_there(sites):

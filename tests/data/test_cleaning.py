@@ -9,6 +9,7 @@ from transformers import BertTokenizerFast
 
 from qtx.data.cleaning import (
     STOP_WORDS,
+    Cleaning,
     basic_words,
     clean_corpus,
     clean_string,
@@ -99,3 +100,13 @@ def test_pairs_are_split_at_the_first_marker():
     assert split_pair("One side. <<SEP>> The other <<SEP>> side") == ("One side.", "The other <<SEP>> side")
     with pytest.raises(UserError, match="holds no pair; write <<SEP>>"):
         split_pair("One side")
+
+
+def test_how_texts_were_cleaned_lies_beside_a_model(tmp_path):
+    assert Cleaning.load(tmp_path) is None
+    for cleaning in (Cleaning(), Cleaning(frozenset(["oil", "\\?", "caf\u00e9"]))):
+        cleaning.save(tmp_path)
+        assert Cleaning.load(tmp_path) == cleaning
+    (tmp_path / "cleaning.json").write_text("{}")
+    with pytest.raises(UserError, match="cleaning.json cannot be read"):
+        Cleaning.load(tmp_path)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qtx.data import TASKS, Dataset, Examples, Task, load
+from qtx.data.cleaning import Cleaning
 from qtx.data.corpus import make_corpus, new_documents, published_splits
 from qtx.data.reading import DATA_DIR_VARIABLE
 from qtx.data.textgcn import published_order
@@ -62,9 +63,12 @@ def test_words_of_pairs_run_over_both_sides():
 
 def test_textgcn_gets_its_backslashes_back():
     row = Examples((["is it ( so ) ?"],), np.zeros(1, np.int32))
-    found = Dataset(TASKS["mr"], {"train": row, "validation": row})
+    found = Dataset(TASKS["mr"], {"train": row, "validation": row}, Cleaning())
     assert make_corpus(found).texts == ["is it \\( so \\) \\?"] * 2
     assert make_corpus(found, "basic").texts == ["is it ( so ) ?"] * 2
+    assert make_corpus(found, "cleaned").texts == make_corpus(found).texts  # they are, and nothing of mr is dropped
+    found = Dataset(TASKS["mr"], {"train": row, "validation": row})  # another's file of that name
+    assert make_corpus(found).texts == ["is it ( so ) ?"] * 2
 
 
 def test_documents_that_cleaning_empties_are_left_out_of_texts_and_examples():
@@ -87,10 +91,13 @@ def test_documents_that_cleaning_empties_are_left_out_of_texts_and_examples():
 
 
 def test_documents_that_come_later_get_words_of_the_same_kind():
-    assert new_documents(TASKS["mr"], [["Is it (so)?", "Don't!"]]) == ["is it \\( so \\) \\?", "do n't !"]
-    assert new_documents(TASKS["rte"], [["A\u00e9 b."], ["C"]]) == ["ae b . c"]
-    with pytest.raises(UserError, match="task 'rte' has pairs of texts"):
-        new_documents(TASKS["rte"], [["a"], ["b"]], "cleaned")
+    assert new_documents([["Is it (so)?", "Don't!"]], "cleaned") == ["is it \\( so \\) \\?", "do n't !"]
+    assert new_documents([["is it ( so ) ?", "don't"]], "cleaned", is_clean=True) == ["is it \\( so \\) \\?", "don't"]
+    assert new_documents([["A\u00e9 b."], ["C"]]) == ["ae b . c"]
+    with pytest.raises(UserError, match="pairs of texts"):
+        new_documents([["a"], ["b"]], "cleaned")
+    with pytest.raises(UserError, match="unknown kind of words 'published'"):
+        new_documents([["a"]], "published")
 
 
 def test_what_does_not_fit_is_said():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qtx.data import load, with_label_order
+from qtx.data.cleaning import Cleaning
 from qtx.data.reading import DATA_DIR_VARIABLE
 from qtx.data.textgcn import published_order, read_raw, validation_size
 from qtx.errors import UserError
@@ -59,7 +60,7 @@ def test_published_order_of_mrpc_keeps_its_validation_set_last():
     assert sorted(train) == list(range(25)) and train[:-2] != list(range(23)) and sorted(test) == list(range(25, 30))
 
 
-def test_a_cleaned_file_is_taken_as_it_is_and_empty_documents_are_left_out(tmp_path):
+def test_a_cleaned_file_is_taken_as_it_is_and_empty_documents_are_left_out(tmp_path, capsys):
     cleaned = [f"line {i} \\(" for i in range(30)]
     cleaned[4] = cleaned[9] = ""
     text = "\n".join(cleaned).encode()
@@ -67,6 +68,19 @@ def test_a_cleaned_file_is_taken_as_it_is_and_empty_documents_are_left_out(tmp_p
     lines = sorted(line(text) for split in dataset.splits.values() for text in split.texts[0])
     assert lines == [i for i in range(30) if i not in (4, 9)]
     assert dataset.splits["train"].texts[0][0].endswith("(")
+    assert "2 of 30 documents, the first on line 5, are left out" in capsys.readouterr().err
+    load("mr", write_mr(tmp_path / "whole"))
+    assert not capsys.readouterr().err
+
+
+def test_how_texts_were_cleaned_is_known_of_the_whole_corpus(tmp_path):
+    assert load("mr", write_mr(tmp_path)).cleaning == Cleaning()
+    rows = "\n".join(f"{i}\t{'train' if i % 3 else 'test'}\tacq" for i in range(30))
+    texts = "\n".join("The Oil (crude) was %s." % ("dear" if i < 4 else "cheap") for i in range(30))
+    files = {"R8.txt": rows.encode(), "corpus/R8.txt": texts.encode()}
+    found = load("R8", write_mr(tmp_path / "R8", **files), limit_train=2, limit_eval=1)
+    assert found.cleaning == Cleaning(frozenset(["oil", "\\(", "\\)", "crude", "cheap"]))
+    assert found.cleaning("The cheap, dear (oil)") == "cheap ( oil )"
 
 
 def test_only_line_feeds_end_documents(tmp_path):

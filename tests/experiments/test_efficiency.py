@@ -28,6 +28,7 @@ def table(workdir):
 def test_report(config, tmp_path):
     config.quant.weight_scheme, config.quant.activation_bits = "binary", 32
     config.analysis.efficiency.graph.update(nodes=50, entries=400, bits=1.0)
+    config.analysis.efficiency.sequences = 1
     text = analyze(config, tmp_path)
     assert "## Efficiency" in text and (tmp_path / "efficiency.png").is_file()
     rows = table(tmp_path)
@@ -63,6 +64,7 @@ def test_as_published_needs_a_published_encoder(config, tmp_path, monkeypatch):
     config.quant.weight_scheme, config.quant.activation_bits = "binary", 32
     monkeypatch.setattr(module, "_latency", lambda *args: [])  # what another test measures
     config.analysis.efficiency.graph.update(nodes=50, entries=400, hidden=256)
+    config.analysis.efficiency.sequences = 1
     config.save_models = False
     analyze(config, tmp_path)
     row = table(tmp_path)["energy, 7nm, as published"]
@@ -78,7 +80,9 @@ def test_as_published_needs_a_published_encoder(config, tmp_path, monkeypatch):
         ({"repeats": 0}, "at least 1"),
         ({"tokens": 1000}, "at most 32 tokens"),
         ({"process": "3nm"}, "'3nm'"),
-        ({"graph": {"nodes": 5}}, "0 entries"),
+        ({"graph": {"nodes": 5}, "sequences": 4}, "0 entries"),
+        ({"graph": {"nodes": 5, "entries": 9}}, "give the documents among them as analysis.efficiency.sequences"),
+        ({"sequences": -1}, "at least 1"),
     ],
 )
 def test_settings_that_cannot_be(config, tmp_path, changes, named):

@@ -125,6 +125,10 @@ def test_bad_values(graph_config, tmp_path):
     graph_config.graph.inference = "inductiv"
     with pytest.raises(UserError, match="unknown graph.inference 'inductiv'; did you mean 'inductive'"):
         settings_from(graph_config.graph)
+    graph_config.graph.inference, graph_config.bittransgnn.mix = "inductive", 1.5
+    with pytest.raises(UserError, match="must lie in"):
+        build(graph_config, str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
     graph_config.task = "multi30k"
     with pytest.raises(UserError, match="task 'multi30k' is a translation"):
         corpus_from(graph_config)

@@ -1,7 +1,9 @@
 """BitTransGNN by configuration: training, resuming, what is saved, distillation, and texts that come later."""
 
 import copy
+import dataclasses
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,13 @@ import pytest
 import scipy.sparse
 from flax import traverse_util
 
+from qtx.data.corpus import words_kind
 from qtx.data.tasks import get_task
+from qtx.data.text_graph import load_graph
 from qtx.errors import UserError
+from qtx.experiments import efficiency
 from qtx.experiments.analyze import analyze
+from qtx.experiments.classification import load_dataset
 from qtx.experiments.classify import Classifier, classify_file
 from qtx.experiments.config import analysis, changed
 from qtx.experiments.graph_classification import GraphClassification
@@ -20,6 +26,7 @@ from qtx.experiments.graph_part import GRAPH_PART, GraphPart
 from qtx.experiments.plan import plan
 from qtx.experiments.run import evaluate, make_recipe, quantize, train_and_evaluate
 from qtx.experiments.setup import setup
+from qtx.export.packed import load_quantized
 from qtx.methods.bittransgnn import graph_loss
 from qtx.nn.graph import adjacency
 from qtx.nn.text_graph import StudentAndTeacher, TextGraphClassifier, mixture
@@ -27,17 +34,19 @@ from tests.conftest import WORDS, make_tiny_config
 from tests.experiments.test_launch import get_config
 
 
-def write_corpus(directory, documents=60):
-    """Writes a small corpus in the layout of TextGCN: two thirds for training."""
+def write_corpus(directory, documents=60, task="mr"):
+    """Writes a small corpus in the layout of TextGCN: two thirds for training, and the others have a word that these lack."""
     rng = np.random.default_rng(0)
     rows, texts = [], []
     for i in range(documents):
         words = [rng.choice(["good", "great"] if i % 2 else ["bad", "awful"]), *rng.choice(WORDS, rng.integers(3, 8))]
-        rows.append(f"{i}\t{'train' if 3 * i < 2 * documents else 'test'}\t{i % 2}")
+        split = "train" if 3 * i < 2 * documents else "test"
+        words += ["Unseen?"] if split == "test" else []
+        rows.append(f"{i}\t{split}\t{get_task(task).labels[i % 2]}")
         texts.append(" ".join(words))
     (directory / "corpus").mkdir()
-    (directory / "mr.txt").write_text("\n".join(rows))
-    (directory / "corpus" / "mr.txt").write_text("\n".join(texts))
+    (directory / f"{task}.txt").write_text("\n".join(rows))
+    (directory / "corpus" / f"{task}.txt").write_text("\n".join(texts))
     return texts
 
 
@@ -96,10 +105,22 @@ def test_an_argument_has_one_method(argument, named):
 def test_every_published_task_has_a_configuration():
     published = ("20ng", "mr", "r8", "r52", "ohsumed", "cola", "mrpc", "stsb", "rte", "wnli")
     assert {get_config("bittransgnn", name).task.lower() for name in published} == set(published)
-    metrics = {name: get_config("bittransgnn", f"{name}+sweep").sweep.metric for name in ("mr", "cola", "stsb")}
-    assert metrics == {"mr": "test_accuracy", "cola": "test_matthews", "stsb": "test_pearson"}
-    for name, metric in metrics.items():
-        assert metric.removeprefix("test_") in get_task(name).metrics
+    deciding = {"mr": "accuracy", "rte": "accuracy", "cola": "matthews", "mrpc": "f1", "stsb": "pearson"}
+    for name, metric in deciding.items():
+        config = get_config("bittransgnn", f"{name}+sweep")
+        assert config.sweep.metric == f"test_{metric}" and metric in get_task(name).metrics
+        assert {phase.metric for phase in (config.phases.finetune, config.phases.qat)} == {metric}
+
+
+@pytest.mark.parametrize("argument", ["sweep", "lambda"])
+def test_smoke_of_a_sweep_is_short(argument):
+    found, whole = (plan(get_config("bittransgnn", f"mr+{argument}{end}")) for end in ("+smoke", ""))
+    assert {trial.row.name for trial in found} == {trial.row.name for trial in whole} and len(found) <= 14
+    for trial in found:
+        config = trial.run_config(Path("runs"), 0, {})
+        assert {phase.epochs for phase in config.phases.values() if phase.keep_best} == {1.0}
+        assert config.data.limit_train == 120
+    assert {trial.seeds for trial in found} == {(0,)}
 
 
 def test_the_run_has_its_graph_and_weighted_f1_beside_the_score(run):
@@ -211,6 +232,71 @@ def test_static_training_moves_the_convolution_alone(run, tmp_path):
     assert moved and all(name.startswith("gcn/") for name in moved)
 
 
+@pytest.fixture(scope="module")
+def suppressed(run, tmp_path_factory):
+    """A configuration of outlier suppression with clipped and learned ranges, and the directory of its run."""
+    config, workdir, *_ = run
+    config, directory = copy.deepcopy(config), tmp_path_factory.mktemp("suppressed")
+    config.bittransgnn.update(method="", graph="")
+    config.data.splits, config.quant.bit.states, config.quant.outlier_suppression = "graph", 0, "os"
+    config.quant.update(weight_bits=4, activation_bits=4)
+    config.outlier_suppression.learning_rate = 1e-3
+    config.model.update(name=str(workdir / "model"), fresh_head=False)
+    quantize(config, directory)
+    config.model.name, config.calibration.ranges = str(directory / "model"), str(directory / "quantized")
+    return config, directory
+
+
+@pytest.mark.parametrize("method", ["static", "dynamic"])
+def test_outlier_suppression_goes_on_with_its_ranges(suppressed, tmp_path, method):
+    config, directory = suppressed
+    config = copy.deepcopy(config)
+    config.bittransgnn.method, config.phases.qat.epochs = method, 1.0
+    train_and_evaluate(config, tmp_path)
+    before, after = (load_quantized(path / "quantized") for path in (directory, tmp_path))
+    ranges, kept = flat(before.ranges), flat(after.ranges)
+    assert ranges and ranges.keys() == kept.keys()
+    for name, value in ranges.items():
+        np.testing.assert_array_equal(kept[name], value, err_msg=name)
+    moved = {name for name, value in flat(before.params).items() if np.any(flat(after.params)[name] != value)}
+    assert bool(moved) == (method == "dynamic")
+    alone = copy.deepcopy(config)
+    alone.bittransgnn.method, alone.calibration.ranges = "", ""
+    logits = []
+    for path in (directory, tmp_path):
+        alone.model.name = str(path / "quantized")
+        experiment = setup(alone)
+        logits.append(experiment.logits(experiment.model, experiment.variables, ["test"])["test"])
+    assert np.allclose(*logits, atol=1e-6) == (method == "static"), "direct separation of a frozen encoder is itself"
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"quant.weight_bits": 8, "quant.activation_bits": 8}, "set the fields of `quant`"),
+        (
+            {
+                "quant.outlier_suppression": "",
+                "quant.bit.states": 3,
+                "quant.weight_bits": None,
+                "quant.activation_bits": 8,
+            },
+            "no ranges of activations that are stored",
+        ),
+        ({"calibration.ranges": "/no/such"}, "/no/such"),
+    ],
+)
+def test_ranges_that_do_not_fit(suppressed, fields, named):
+    config = changed(suppressed[0], {"bittransgnn.method": "static"} | fields, "test")
+    with pytest.raises(UserError, match=named):
+        make_recipe(setup(config))
+
+
+def test_ranges_are_for_training(suppressed, tmp_path):
+    with pytest.raises(UserError, match="calibration.ranges is what training begins with"):
+        quantize(suppressed[0], tmp_path)
+
+
 def test_distillation_learns_from_the_votes_of_the_teacher(run, tmp_path):
     config, workdir, _, result = run
     config = copy.deepcopy(config)
@@ -269,8 +355,71 @@ def test_test_documents_are_attached_to_an_inductive_graph(run, tmp_path):
     found = experiment.logits(experiment.model, experiment.variables)
     # As texts that come when all is trained: the way of launch/classify.py, which reads them from nothing but the files.
     (texts,) = experiment.corpus.dataset.splits["test"].texts
+    assert "unseen" not in experiment.graph.vocabulary and all("unseen" in text for text in texts)
     _, values = Classifier.load(config.model.name, max_length=config.data.max_length)([[text] for text in texts])
     np.testing.assert_allclose(found["test"], values, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["", "static"])
+def test_new_texts_are_cleaned_as_their_corpus_was(run, tmp_path, method):
+    tiny, *_ = run
+    texts = write_corpus(tmp_path, task="R8")
+    texts = [f"{text}, rarest{i} of the films" for i, text in enumerate(texts)]
+    (tmp_path / "corpus" / "R8.txt").write_text("\n".join(texts))
+    config = copy.deepcopy(tiny)
+    config.task, config.data.dir, config.data.splits = "R8", str(tmp_path), "graph"
+    config.bittransgnn.update(method=method, graph="")
+    config.graph.inference = "inductive"
+    train_and_evaluate(config, tmp_path / "run")
+    config.model.update(name=str(tmp_path / "run" / "quantized"), fresh_head=False)
+    experiment = setup(config)
+    found = experiment.logits(experiment.model, experiment.variables)["test"]
+    (cleaned,) = experiment.dataset.splits["test"].texts
+    raw = [next(text for text in texts if experiment.dataset.cleaning(text) == each) for each in cleaned]
+    assert not any("rarest" in text or "the" in text.split() for text in cleaned)
+    _, values = Classifier.load(config.model.name, max_length=config.data.max_length)([[text] for text in raw])
+    expected = found if method else jax.nn.log_softmax(found)
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+    with pytest.raises(UserError, match="line 2 has no word left after cleaning"):
+        Classifier.load(config.model.name, max_length=16)([["good film"], ["the rarest"]])
+
+
+def test_the_words_of_a_graph_do_not_clean_what_the_encoder_reads(run, tmp_path):
+    tiny, *_ = run
+    texts = write_corpus(tmp_path)
+    for name, part in (
+        ("mr", texts[:40]),
+        ("validation", texts[40:]),
+    ):  # called as a corpus of TextGCN, which it is not
+        rows = [f"{text.capitalize()}.\t{i % 2}" for i, text in enumerate(part)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    config = copy.deepcopy(tiny)
+    config.task, config.data.splits = "table", "graph"
+    config.data.update(train=str(tmp_path / "mr.tsv"), validation=str(tmp_path / "validation.tsv"))
+    config.data.update(text_columns=("text",), label_column="label")
+    assert graph_words(config) == "basic"
+    config.graph.words = "cleaned"
+    config.bittransgnn.update(method="static", mix=0.0, graph="")
+    train_and_evaluate(config, tmp_path / "run")
+    new = [["The film? Zzz was GOOD."], ["Great plot..."], ["zzz"]]
+    classifier = Classifier.load(str(tmp_path / "run" / "quantized"), max_length=16)
+    alone = dataclasses.replace(classifier, part=None, graph=None)
+    np.testing.assert_allclose(classifier(new)[1], alone(new)[1], atol=1e-5)
+
+
+def graph_words(config):
+    """Returns the kind of words of a configuration's graph."""
+    return words_kind(load_dataset(config), config.graph.words)
+
+
+def test_a_text_that_the_graph_knows_no_word_of(run, capsys):
+    _, workdir, *_ = run
+    classifier = Classifier.load(str(workdir / "quantized"), max_length=16)
+    _, values = classifier([["good film"], ["goodness me"], ["was zzzqqq"], ["cityscape"]])
+    assert capsys.readouterr().err.startswith("warning: 2 lines, the first of them 2: no word is in the graph")
+    assert np.abs(values[1] - values[3]).max() > 1e-4, "the encoder reads what the graph does not know"
+    classifier([["good film"]])
+    assert not capsys.readouterr().err
 
 
 def test_what_a_moved_model_says_of_itself(run, tmp_path):
@@ -318,6 +467,43 @@ def test_new_texts_are_classified_by_their_own_edges(run, tmp_path, capsys):
     (tmp_path / "graph.npz").write_bytes((workdir / "graph.npz").read_bytes()[:-50])
     with pytest.raises(UserError, match="no whole graph"):
         Classifier.load(str(workdir / "model"), str(tmp_path / "graph.npz"), 16)
+
+
+@pytest.mark.parametrize(("method", "rule"), [("dynamic", "corrected"), ("", "as_published")])
+def test_efficiency_counts_the_graph_of_the_run(run, tmp_path, monkeypatch, method, rule):
+    config, workdir, *_ = run
+    config = copy.deepcopy(config)
+    config.model.update(name=str(workdir / "model"), fresh_head=False)
+    config.bittransgnn.update(method=method, graph="")
+    config.data.splits, config.quant.bit.gcn_states = "graph", 3 if method else 0
+    with config.unlocked():
+        config.analyses, config.analysis = ("efficiency",), analysis()
+    section = config.analysis.efficiency
+    section.update(tokens=8, rule=rule)
+    monkeypatch.setattr(efficiency, "_latency", lambda *args: [])
+    monkeypatch.setattr(efficiency.published, "encoder_of", lambda family, sizes: efficiency.published.Encoder())
+    analyze(config, tmp_path / "found")
+    graph = load_graph(workdir / "graph.npz")
+    entries = graph.normalised.nnz if rule == "corrected" else graph.raw.nnz
+    by_hand = dict(nodes=graph.n_nodes, entries=entries, hidden=6)
+    if method:
+        by_hand |= dict(bits=np.log2(3), input_bits=8.0)
+    section.graph.update(by_hand)
+    section.sequences = graph.n_documents
+    analyze(config, tmp_path / "given")
+    found, given = ((tmp_path / name / "efficiency.csv").read_text() for name in ("found", "given"))
+    assert found == given and "energy with the graph" in found
+    if rule == "corrected":
+        features = 4 * graph.n_documents * 16 / 2**20
+        assert any(
+            row.startswith('theory,"graph, features"') and f"{features:.4g}"[:5] in row for row in found.split("\n")
+        )
+    else:  # the run of a moved model is not beside it
+        shutil.copytree(workdir / "model", tmp_path / "moved" / "model")
+        config.model.name, section.sequences = str(tmp_path / "moved" / "model"), 0
+        section.graph.nodes = 0
+        analyze(config, tmp_path / "moved" / "efficiency")
+        assert "graph" not in (tmp_path / "moved" / "efficiency" / "efficiency.csv").read_text()
 
 
 @pytest.mark.parametrize(
