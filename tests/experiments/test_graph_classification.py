@@ -95,6 +95,7 @@ def test_rows_of_a_sweep_share_their_graph(tmp_path):
         ("mr+static+dynamic", "asks for static and dynamic; name one method"),
         ("mr+sweep+dynamic", "asks for sweep and dynamic"),
         ("mr+lambda+analysis", "asks for lambda and analysis"),
+        ("table+dynamic", "`table` has all methods"),
     ],
 )
 def test_an_argument_has_one_method(argument, named):
@@ -110,6 +111,16 @@ def test_every_published_task_has_a_configuration():
         config = get_config("bittransgnn", f"{name}+sweep")
         assert config.sweep.metric == f"test_{metric}" and metric in get_task(name).metrics
         assert {phase.metric for phase in (config.phases.finetune, config.phases.qat)} == {metric}
+
+
+def test_several_tasks_have_one_table():
+    config = get_config("bittransgnn", "table")
+    trials = {trial.name: trial for trial in plan(config)}
+    assert {trial.config.task for trial in trials.values()} == {"R8", "mr", "ohsumed", "mrpc"}
+    assert trials["mrpc/dynamic_1.58/seed_0"].config.phases.qat.metric == "f1"
+    assert trials["mr/dynamic_1.58/seed_0"].config.phases.qat.metric == "accuracy"
+    assert trials["mr/distillation_2.32/seed_2"].row.published == {"r8": 0.978, "mr": 0.8467}
+    assert config.sweep.metric == "test_accuracy" and config.sweep.columns == "task"
 
 
 @pytest.mark.parametrize("argument", ["sweep", "lambda"])
