@@ -106,8 +106,8 @@ def _settings(experiment: Classification, policy: Policy) -> ConfigDict:
     if not c.graph.nodes and (found := _graph_of(experiment, policy)) is not None:
         graph, convolution, its_policy = found
         entries = graph.normalised.nnz if c.rule == "corrected" else graph.raw.nnz
-        specs = {kind: its_policy.spec(kind, name) for kind, name in (("weight", _KERNEL), ("input", _INPUT))}
-        widths = [32.0 if spec is None else float(spec.storage_bits) for spec in specs.values()]
+        specs = its_policy.spec("weight", _KERNEL), its_policy.spec("input", _INPUT)
+        widths = [32.0 if spec is None else float(spec.storage_bits) for spec in specs]
         c.graph.update(nodes=graph.n_nodes, entries=entries, hidden=convolution.hidden_size)
         c.graph.update(bits=widths[0], input_bits=widths[1])
         c.sequences = c.sequences or graph.n_documents
