@@ -698,7 +698,6 @@ def loss_config(tiny_config):
         ("analysis.landscape.shared_norms", "input", "'inputs'"),
         ("analysis.landscape.together", 0, "at least 1 point"),
         ("analysis.layer_errors.quantities", ("hidden",), "'hidden_states'"),
-        ("analysis.layer_errors.quantities", (), "no quantities"),
         ("teacher.layers", "evry", "'every'"),
     ],
 )
@@ -961,6 +960,7 @@ KERNEL = {"kernel": jnp.ones((2, 2))}
         ),
         (lambda: layer_errors(TINY, TINY, []), "no batches"),
         (lambda: layer_errors(TINY, TINY, [{}], ["hiden_states"]), "'hidden_states'"),
+        (lambda: layer_errors(TINY, TINY, [{}], []), "no quantities"),
         (lambda: layer_errors(TINY, SHALLOW, [{}]), "2 layers and the teacher 1"),
     ],
 )

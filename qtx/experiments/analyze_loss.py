@@ -285,7 +285,8 @@ def layer_errors_part(experiment: Classification, policy: Policy) -> Part:
             "layer errors of a model against itself are zero: add 'quantized' to analysis.models, or teacher.name"
         )
     batches = chosen_batches(experiment, c, "analysis.layer_errors")
-    options: Any = dict(quantities=tuple(c.quantities), layers=rules.layers, padding=rules.padding)
+    quantities = tuple(c.quantities) or layer_errors.usual_quantities(teacher.model)
+    options: Any = dict(quantities=quantities, layers=rules.layers, padding=rules.padding)
     for version in found:
         layer_errors.check(version.model, teacher.model, **options)
 

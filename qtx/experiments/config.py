@@ -436,7 +436,9 @@ def analysis() -> ConfigDict:
                 "split": "validation",
                 "batches": 8,
                 "batch_size": 32,
-                "quantities": ("self_output", "attention_output", "hidden_states"),
+                # () stands for self_output, attention_output (where norms stand behind sub-layers) and hidden_states; or scores,
+                # maps, context.
+                "quantities": (),
             },
             "memory": {
                 "batch_size": 1,  # of the activations

@@ -15,7 +15,7 @@ pairs of layers. An example counts by its weight in the batch, so filler rows do
     maps                 KL divergence of the student's attention maps from the teacher's
     context              squared error of the attention context
     self_output          squared error of the attention's output projection, before dropout, residual and LayerNorm
-    attention_output     squared error behind that LayerNorm
+    attention_output     squared error behind that LayerNorm; only where norms stand behind sub-layers, unlike those of a ViT
     *_relations          KL divergence of the softmax of scaled products of values with values (queries, keys), head by head
 
 Sources: Hinton et al. 2015 (section 2), TinyBERT (Jiao et al. 2020, eq. 7-10), TernaryBERT (Zhang et al. 2020, section
@@ -398,6 +398,9 @@ def check_teacher(objective: Distillation, args: Sequence[Any] | None = None) ->
     if our_outputs.logits.shape != their_outputs.logits.shape:
         labels = our_outputs.logits.shape[-1], their_outputs.logits.shape[-1]
         raise UserError(f"the student has {labels[0]} labels and the teacher {labels[1]}: they have different tasks")
+    if "attention_output" in wanted:
+        for side, model in models.items():
+            _check_norm_behind(side, model)
     for name in wanted:
         pairs: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
         if name == "hidden_states":
@@ -416,6 +419,17 @@ def check_teacher(objective: Distillation, args: Sequence[Any] | None = None) ->
             _check_shapes(objective, name, what, our_shape, their_shape)
         if name == "context":
             check_heads("loss 'context'", objective.student, objective.teacher)
+
+
+def _check_norm_behind(side: str, model: nn.Module) -> None:
+    """Raises a `UserError` if the norm of attention stands before it: behind attention there is the residual sum alone then,
+    and the norm's output is of the layer before."""
+    if model.norm_first:  # type: ignore[attr-defined]
+        raise UserError(
+            f"loss 'attention_output' is of the norm behind attention, and in the {side} ({type(model).__name__}) norms stand "
+            "before their sub-layers; take 'self_output' (teacher_intervention: 'logits=1, hidden_states=1, scores=1, "
+            "self_output=1')"
+        )
 
 
 def _check_shapes(
