@@ -23,7 +23,14 @@ from qtx.data.parallel import FURTHER_TESTS
 from qtx.errors import UserError, near_misses
 from qtx.experiments.config import defaults_of, field_of, phases_of
 from qtx.experiments.experiment import LABELLED, VALIDATION, Experiment
-from qtx.experiments.from_config import evaluation_from, optimizer_from, policy_from, rounding_from, suppression_from
+from qtx.experiments.from_config import (
+    check_student,
+    evaluation_from,
+    optimizer_from,
+    policy_from,
+    rounding_from,
+    suppression_from,
+)
 from qtx.experiments.setup import setup
 from qtx.experiments.teaching import check_phases, remaining_steps, taught
 from qtx.export.packed import save_quantized
@@ -111,6 +118,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
             if policy is None:
                 raise UserError(f"phase {name!r} is quantized, but `quant` keeps everything in full precision")
             policy = experiment.adapted(policy)
+            check_student(config.quant, experiment.sites())
             check_policy(policy, experiment.sites())
             if not config.quant.bit.linear_bias:
                 options["trainable"] = _trained_without_biases(experiment, policy, options["trainable"])
@@ -375,6 +383,7 @@ def policy_to_apply(experiment: Experiment) -> Policy:
     if policy is None:
         raise UserError("`quant` keeps everything in full precision; set weight_bits or activation_bits below 32")
     rounding = rounding_from(config.quant, config.adaround)
+    check_student(config.quant, experiment.sites())
     check_quantization(policy, rounding, experiment.sites())
     check_suppression(suppression_from(config.quant, config.outlier_suppression), experiment.pretrained.config)
     return policy

@@ -108,6 +108,14 @@ def test_the_norm_before_attention_is_not_its_output(trained, losses):
         make_recipe(setup(config))
 
 
+def test_a_published_student_of_images(trained):
+    fields = {"quant.student": "published", "phases.intervene.losses": "logits=1"}
+    with pytest.raises(UserError, match="no word table and no pooler; set quant.student_without='emb, cls'"):
+        make_recipe(setup(with_teacher(trained[0], **fields)))
+    found = make_recipe(setup(with_teacher(trained[0], **fields, **{"quant.student_without": "emb, cls"})))[0]
+    assert found[0].objective.collections == {}
+
+
 def test_quantized_without_training(trained, tmp_path):
     config = changed(trained[0], {"quant.overrides": FEWER_SITES}, "test")
     found = quantize(config, tmp_path)

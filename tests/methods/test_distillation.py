@@ -240,7 +240,9 @@ def test_attention_output_is_of_norms_behind_attention_alone(model):
     if norm_follows:
         distillation.check_teacher(both)
         return
-    with pytest.raises(UserError, match="'attention_output'.* the student .*before their sub-layers; take 'self_output'"):
+    with pytest.raises(
+        UserError, match="'attention_output'.* the student .*before their sub-layers; take 'self_output'"
+    ):
         distillation.check_teacher(both)
     distillation.check_teacher(Distillation(model, model, {"self_output": 1.0}, ((0, 0),)))
 
@@ -337,6 +339,7 @@ def test_what_a_loss_does_not_compare_may_differ():
         ({"logits": -1.0}, {}, "weight -1.0 .*'logits' is negative"),
         ({"logits": 1.0}, {"temperature": float("inf")}, "temperature inf .*finite"),
         ({"logits": 1.0}, {"temperature": float("nan")}, "temperature nan .*finite"),
+        ({"value_relations": 1.0}, {"relation_heads": -4}, "relation_heads is -4: .*divides both widths"),
     ],
 )
 def test_weights_and_temperatures_that_are_none(losses, options, words):
