@@ -265,6 +265,10 @@ def test_storage_that_cannot_be_opened(tmp_path, url):
         ({"quant.overrides": "yy=16"}, "bad: unknown"),
         ({"quant.weight_bits": 32, "quant.activation_bits": 32}, "bad: `quant` keeps everything in full precision"),
         ({"recipe": ("qatt",)}, "'qat'"),
+        (
+            {"quant.student": "layers", "quant.weight_scheme": "ternary", "teacher.padding": "published"},
+            "bad: teacher.padding is 'published', but no phase of the recipe has losses",
+        ),
         ({"phases.qat.losses": "ternarybret"}, "bad: phases.qat.losses: unknown set of losses 'ternarybret'"),
         ({"phases.qat.losses": "logit=1"}, "bad: unknown distillation loss 'logit'"),
         ({"phases.qat.intervention": "map"}, "bad: phase 'qat': an intervention 'map' needs a teacher"),

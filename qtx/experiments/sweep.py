@@ -29,7 +29,7 @@ from rich.console import Console
 from qtx.errors import UserError
 from qtx.experiments.config import field_of, phases_of, sweeping
 from qtx.experiments.experiment import family_and_sizes
-from qtx.experiments.from_config import policy_from, rounding_from, suppression_from
+from qtx.experiments.from_config import check_student, policy_from, rounding_from, suppression_from
 from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
 from qtx.experiments.run import check_quantization, check_recipe, check_suppression
 from qtx.experiments.setup import sites_of
@@ -180,7 +180,9 @@ def check_models(trials: Sequence[Trial]) -> None:
                     "`quant` keeps everything in full precision; set weight_bits or activation_bits below 32"
                 )
             rounding = rounding_from(config.quant, config.adaround) if entry == "quantize" else None
-            check_quantization(policy, rounding, sites_of(config, family, sizes))
+            sites = sites_of(config, family, sizes)
+            check_student(config.quant, sites)
+            check_quantization(policy, rounding, sites)
             if entry == "quantize":
                 check_suppression(suppression_from(config.quant, config.outlier_suppression), sizes)
         except UserError as error:
