@@ -1,24 +1,27 @@
 r"""Ternary transformers by distillation, and teacher intervention (Kim et al. 2023): MiniLM on GLUE.
 
-    python launch/train.py --config=configs/finetune.py:rte --data_dir=DATA --workdir=runs/rte
-    python launch/train.py --config=configs/teacher_intervention.py:gradual --config.model.name=runs/rte/model --data_dir=DATA \
-        --workdir=runs/rte_gradual
+    python launch/train.py --config=configs/teacher_intervention.py:cola+full_precision --data_dir=DATA --workdir=runs/cola
+    python launch/train.py --config=configs/teacher_intervention.py:cola+gradual --config.model.name=runs/cola/model \
+        --data_dir=DATA --workdir=runs/cola_gradual
     python launch/sweep.py --config=configs/teacher_intervention.py:glue --data_dir=DATA --workdir=runs/glue
 
 The student begins as its teacher, a model that is trained on the task: weights and word table with three values, 8 bits for
-what enters a product. The argument is a method, or `glue`: all of them on RTE, MRPC, STS-B and CoLA as a sweep over seeds;
-`rte`, `mrpc`, `stsb` and `cola` are the sweeps over one of these tasks. Methods are
+what enters a product. The argument is a task and a method, `TASK+METHOD`, which is what the sweep over the task runs; a method
+alone is RTE's. `glue` is a sweep over seeds of all methods on all tasks, and `rte`, `mrpc`, `stsb`, `cola` and `sst2` are
+those over one of them. Methods are
 
+    full_precision            the teacher: fine-tuning of the sentence encoder
     ternary                   ternary training on the labels, without a teacher
     ternarybert               distillation for as many steps (logits, hidden states, attention scores)
     distilled                 distillation by the losses of intervention (attention outputs, too) without intervention
     output, context, map      60 steps (CoLA: 120) with the teacher's tensor in place, then distillation
     gradual, inverted, stochastic  the same with one kind after the other, the other way round, or drawn
     METHOD+quarter            a quarter of the steps, those with the teacher's tensors included
-    published_METHOD          BertAdam at 2e-5; padding counts in ranges and losses
+    published_METHOD          BertAdam at 2e-5; padding counts in ranges and losses, and its row of the table is not trained
 
 Three epochs at 1e-4 (2e-5, as published for BERT-base, is too slow for this encoder), linear decay after a tenth of warm-up,
-batches of 32 (CoLA: 16). Expected of `cola` (Matthews, one seed): full precision 0.26, ternary 0.23, ternarybert 0.24, gradual
+batches of 32 (CoLA: 16), texts of 128 tokens (CoLA, SST-2: 64). `TASK` sets these: another one by `--config.task` would keep
+what RTE has. Expected of `cola` (Matthews, one seed): full precision 0.26, ternary 0.23, ternarybert 0.24, gradual
 0.22, distilled 0.23, in a quarter of the steps ternarybert 0.13 and gradual 0.11 (that with the 120 first steps whole, where
 now they are 30); the rest was not run.
 
@@ -28,13 +31,13 @@ full precision and `gradual`, which begins with its model. They take some minute
 
 from collections.abc import Iterable
 
-from qtx.errors import UserError, near_misses
+from qtx.errors import UserError
 from qtx.experiments.config import base, changed, sweeping
 
 INTERVENTIONS = ("output", "context", "map", "gradual", "inverted", "stochastic")
+FULL = "full_precision"
 PUBLISHED = {
     "quant.student": "published",
-    "teacher.padding": "published",
     "phases.intervene.optimizer.name": "bert_adam",
     "phases.qat.optimizer.name": "bert_adam",
     "phases.intervene.optimizer.eps": 1e-6,
@@ -44,9 +47,15 @@ PUBLISHED = {
 }
 
 
+WITHOUT_TEACHER = {
+    f"teacher.{name}": value for name, value in base().teacher.items()
+}  # what a sweep is given for others
+
+
 def methods() -> dict[str, dict]:
     """Returns the fields in which each method differs from the others."""
     found: dict[str, dict] = {
+        FULL: {"recipe": ("finetune",), "model.fresh_head": True},
         "ternary": {"recipe": ("qat",)},
         "ternarybert": {"recipe": ("qat",), "phases.qat.losses": "ternarybert"},
         "distilled": {"recipe": ("qat",), "phases.qat.losses": "teacher_intervention"},
@@ -67,18 +76,37 @@ def method(name: str) -> dict:
     plain, *extras = name.removeprefix("published_").split("+")
     known = methods()
     if plain not in known:
-        raise UserError(f"configs/teacher_intervention.py: unknown method {plain!r}{near_misses(plain, known)}")
-    fields = known[plain] | (PUBLISHED if name.startswith("published_") else {})
+        raise UserError(
+            f"configs/teacher_intervention.py: unknown task or method {plain!r}; give TASK+METHOD or, for RTE, METHOD; tasks "
+            f"are {', '.join(TASKS)} (alone, or 'glue' for all, a sweep), methods {', '.join(known)}"
+        )
+    fields = {"model.fresh_head": False} | known[plain]
+    if name.startswith("published_"):
+        if plain == FULL:
+            raise UserError(f"configs/teacher_intervention.py: {FULL} is as published already; leave 'published_' out")
+        fields |= PUBLISHED | ({"teacher.padding": "published"} if is_taught(fields) else {})
     for extra in extras:
-        if extra != "quarter":
-            raise UserError(f"configs/teacher_intervention.py: {plain} does not go with {extra!r}; choose 'quarter'")
+        if extra != "quarter" or plain == FULL:
+            choose = "'quarter' for another method" if plain == FULL else "'quarter'"
+            raise UserError(f"configs/teacher_intervention.py: {plain} does not go with {extra!r}; choose {choose}")
         fields |= {f"phases.{phase}.share": 0.25 for phase in ("intervene", "qat")}
     return fields
 
 
+def is_taught(fields: dict) -> bool:
+    """Whether a method has a teacher."""
+    return "phases.qat.losses" in fields
+
+
 EPOCHS = 3.0
 # Per task: batch size, tokens, steps of the first phase, epochs of the teacher (few examples take more of them).
-TASKS = {"rte": (32, 128, 60, 5.0), "mrpc": (32, 128, 60, 3.0), "stsb": (32, 128, 60, 3.0), "cola": (16, 64, 120, 3.0)}
+TASKS = {
+    "rte": (32, 128, 60, 5.0),
+    "mrpc": (32, 128, 60, 3.0),
+    "stsb": (32, 128, 60, 3.0),
+    "cola": (16, 64, 120, 3.0),
+    "sst2": (32, 64, 60, 3.0),
+}
 
 
 def task_fields(name: str) -> dict:
@@ -99,12 +127,10 @@ def sweep_rows(names: Iterable[str]) -> tuple[dict, ...]:
 
     A teacher that the sweep is given is for the rows that learn from one.
     """
-    alone = {"teacher.name": ""}
-    rows = [dict(name="full precision", changes=alone | {"recipe": ("finetune",), "model.fresh_head": True})]
+    rows = [dict(name="full precision", changes=WITHOUT_TEACHER | method(FULL))]
     for name in names:
-        fields = {"model.fresh_head": False} | method(name)
-        taught = "phases.qat.losses" in fields
-        rows.append(dict(name=name, changes=fields if taught else alone | fields, start="full precision"))
+        fields = method(name) if is_taught(method(name)) else WITHOUT_TEACHER | method(name)
+        rows.append(dict(name=name, changes=fields, start="full precision"))
     return tuple(rows)
 
 
@@ -128,17 +154,19 @@ def table(tasks: Iterable[str]):
 
 
 def get_config(arg: str = "gradual"):
-    """Returns the configuration of a method, or the sweep over all of them."""
+    """Returns the configuration of a method on a task, or a sweep over all methods."""
     config = base()
-    config.task = "rte"
     config.model.fresh_head = False
+    config.model.pooling = "mean"  # as the sentence encoder was trained
     config.quant.update(student="corrected", weight_scheme="ternary")
     config.phases.qat.epochs = EPOCHS
-    config.phases.intervene.steps = 60
     for phase in (config.phases.intervene, config.phases.qat):
         phase.optimizer.learning_rate = 1e-4
+    task, _, name = arg.partition("+")
+    if task not in TASKS:
+        task, name = "rte", arg
+    config = changed(config, task_fields(task), f"configs/teacher_intervention.py:{arg}")
     if arg == "glue" or arg in TASKS:
-        config.model.pooling = "mean"  # as the sentence encoder was trained
         config.sweep = table([arg] if arg in TASKS else list(TASKS))
         return config
     if arg in ("smoke", "smoke+sweep"):
@@ -150,4 +178,4 @@ def get_config(arg: str = "gradual"):
         if arg == "smoke+sweep":
             config.sweep = sweeping(name="teacher_intervention_smoke", rows=sweep_rows(("gradual",)))
         return config
-    return changed(config, method(arg), f"configs/teacher_intervention.py:{arg}")
+    return changed(config, method(name), f"configs/teacher_intervention.py:{arg}")

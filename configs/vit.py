@@ -23,7 +23,8 @@ positions, norms and head stay in full precision. Methods are
     pretrained                no method: fine-tuning of a published ViT in full precision, images resized to its size
 
 Norms stand before their sub-layers here, so hidden states are the sums of the residual stream, and the published loss on the
-norm behind the attention has no counterpart: methods with a teacher share their losses and differ in the intervention alone.
+norm behind the attention has no counterpart and is refused: methods with a teacher share their losses and differ in the
+intervention alone.
 `--config.task=image_folder --config.data.train=DIR --config.data.resize=True` trains on images of one's own. No scores are
 given here, because nothing was run at full length with this file yet. `smoke` trains for seconds.
 """
@@ -58,6 +59,11 @@ PRETRAINED = {
     "phases.finetune.epochs": 3.0,
     "phases.finetune.optimizer.learning_rate": 5e-5,
 }
+
+
+WITHOUT_TEACHER = {
+    f"teacher.{name}": value for name, value in base().teacher.items()
+}  # what a sweep is given for others
 
 
 def task_fields(task: str) -> dict:
@@ -116,9 +122,12 @@ def get_config(arg: str = "cifar10"):
     if arg in ("table", "table+small"):
         small = SMALL_TABLE if arg.endswith("+small") else {}
         config = changed(config, task_fields("cifar10") | small, arg)
-        rows = [dict(name="full precision")]
+        rows = [dict(name="full precision", changes=WITHOUT_TEACHER)]
         names = ("ternary", "ternarybert", "output", "context", "map", "gradual", "gradual+quarter")
-        rows += [dict(name=name, changes=method(name), start="full precision") for name in names]
+        for name in names:
+            taught = "phases.qat.losses" in method(name)
+            changes = method(name) if taught else WITHOUT_TEACHER | method(name)
+            rows.append(dict(name=name, changes=changes, start="full precision"))
         config.sweep = sweeping(
             name="vit",
             grid=(("task", {"cifar10": {"task": "cifar10"}}),),

@@ -268,6 +268,10 @@ def test_storage_that_cannot_be_opened(tmp_path, url):
             "bad: phase 'qat' is quantized, but `quant` keeps everything in full precision",
         ),
         ({"recipe": ("qatt",)}, "'qat'"),
+        (
+            {"quant.student": "layers", "quant.weight_scheme": "ternary", "teacher.padding": "published"},
+            "bad: teacher.padding is 'published', but no phase of the recipe has losses",
+        ),
         ({"phases.qat.losses": "ternarybret"}, "bad: phases.qat.losses: unknown set of losses 'ternarybret'"),
         ({"phases.qat.losses": "logit=1"}, "bad: unknown distillation loss 'logit'"),
         ({"phases.qat.intervention": "map"}, "bad: phase 'qat': an intervention 'map' needs a teacher"),
@@ -717,7 +721,6 @@ def loss_config(tiny_config):
         ("analysis.landscape.shared_norms", "input", "'inputs'"),
         ("analysis.landscape.together", 0, "at least 1 point"),
         ("analysis.layer_errors.quantities", ("hidden",), "'hidden_states'"),
-        ("analysis.layer_errors.quantities", (), "no quantities"),
         ("teacher.layers", "evry", "'every'"),
     ],
 )
@@ -980,6 +983,7 @@ KERNEL = {"kernel": jnp.ones((2, 2))}
         ),
         (lambda: layer_errors(TINY, TINY, []), "no batches"),
         (lambda: layer_errors(TINY, TINY, [{}], ["hiden_states"]), "'hidden_states'"),
+        (lambda: layer_errors(TINY, TINY, [{}], []), "no quantities"),
         (lambda: layer_errors(TINY, SHALLOW, [{}]), "2 layers and the teacher 1"),
     ],
 )

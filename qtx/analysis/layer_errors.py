@@ -42,6 +42,13 @@ from qtx.train.report import Table
 QUANTITIES = ("hidden_states", "scores", "maps", "context", "self_output", "attention_output")
 
 
+def usual_quantities(model: nn.Module) -> tuple[str, ...]:
+    """Returns what figures 2 (b) and 4 (b) show, and the projection before it; of a model whose norms stand before their
+    sub-layers without `attention_output`, which it does not have."""
+    behind = () if model.norm_first else ("attention_output",)  # type: ignore[attr-defined]
+    return ("self_output", *behind, "hidden_states")
+
+
 def layer_errors(
     student: Teacher,
     teacher: Teacher,

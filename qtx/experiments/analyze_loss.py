@@ -27,11 +27,11 @@ from qtx.analysis.losses import mean_loss, of_some, stack, task_loss
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import Classification
 from qtx.experiments.run import calibration_options
-from qtx.experiments.teaching import teacher_of
+from qtx.experiments.teaching import layers_of, teacher_of
 from qtx.files import write_text
 from qtx.methods.calibrate import calibrate
 from qtx.methods.distillation import Teacher
-from qtx.methods.teacher_intervention import untrained_padding
+from qtx.methods.teacher_intervention import published_collections
 from qtx.quant.policy import Policy
 from qtx.train.report import Table
 
@@ -104,7 +104,7 @@ def collections(experiment: Classification, version: Version) -> dict[str, Any]:
     batches, options = experiment.calibration_batches(), calibration_options(experiment.config)
     found: dict[str, Any] = {"ranges": calibrate(version.model, version.params, batches, **options)}
     if experiment.config.quant.student == "published":
-        found |= untrained_padding(experiment.pretrained.config)  # type: ignore[arg-type]
+        found |= published_collections(version.model.policy, experiment.pretrained.config)  # type: ignore[attr-defined]
     return found
 
 
@@ -285,7 +285,8 @@ def layer_errors_part(experiment: Classification, policy: Policy) -> Part:
             "layer errors of a model against itself are zero: add 'quantized' to analysis.models, or teacher.name"
         )
     batches = chosen_batches(experiment, c, "analysis.layer_errors")
-    options: Any = dict(quantities=tuple(c.quantities), layers=rules.layers, padding=rules.padding)
+    quantities = tuple(c.quantities) or layer_errors.usual_quantities(teacher.model)
+    options: Any = dict(quantities=quantities, layers=layers_of(rules.layers), padding=rules.padding)
     for version in found:
         layer_errors.check(version.model, teacher.model, **options)
 

@@ -198,6 +198,11 @@ def prepare(config: ConfigDict, dataset: data.Dataset | None = None) -> Classifi
 def load_dataset(config: ConfigDict) -> data.Dataset:
     """Loads the data set that a configuration names, with its augmented training examples if it names any."""
     c = config.data
+    if c.augmented and c.limit_train:
+        raise UserError(
+            f"data.limit_train is {c.limit_train}, but data.augmented holds the training examples, which are all taken; leave "
+            "it at 0, or give it to launch/augment.py"
+        )
     found = load_originals(config)
     if not c.augmented:
         return found

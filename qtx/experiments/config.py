@@ -62,7 +62,7 @@ def base() -> ConfigDict:
                 "splits": "own",  # 'graph': as text graphs were published; of GLUE, validation examples are the test split
                 "label_order": "",  # file with one class per line, in the order of the class ids; '': sorted, or the task's
                 "augmented": "",  # training examples that launch/augment.py made (its workdir), in place of the task's
-                "limit_train": 0,  # examples; 0: all. Of what is augmented, not of its copies
+                "limit_train": 0,  # examples; 0: all. launch/augment.py: those that are augmented, without their copies
                 "limit_eval": 0,
                 "max_length": 128,  # tokens
                 "padding": "bucket",  # or 'max'
@@ -85,7 +85,9 @@ def base() -> ConfigDict:
             "translation": translation(),
             "teacher": {  # of phases with `losses`
                 "name": "",  # a trained checkpoint of the same task; '': the model that is trained, as it begins
-                "layers": "same",  # 'every', 'first', 'last': which of its layers a shallower model learns from
+                # Which of its layers a shallower model learns from: 'every', 'first', 'last', or pairs of the model's and the
+                # teacher's layers, from 0: '0-1, 1-3'.
+                "layers": "same",
                 "temperature": 1.0,  # of the logits
                 "padding": "ignore",  # 'published': padding counts in squared errors
                 "relation_heads": 0,  # of relations; 0: the model's heads
@@ -437,7 +439,9 @@ def analysis() -> ConfigDict:
                 "split": "validation",
                 "batches": 8,
                 "batch_size": 32,
-                "quantities": ("self_output", "attention_output", "hidden_states"),
+                # (): self_output, attention_output (where norms stand behind sub-layers) and hidden_states; there are scores,
+                # maps and context, too.
+                "quantities": (),
             },
             "memory": {
                 "batch_size": 1,  # of the activations

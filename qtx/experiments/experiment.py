@@ -223,19 +223,27 @@ def family_and_sizes(section: ConfigDict) -> tuple[models.Family, models.ModelCo
         if name in section:
             raise UserError(f"model.sizes: {name} has a place of its own, model.{name}; set it there")
     if from_nothing(section):
-        return models.architecture(section.name, section.start, **sizes)
+        family, config = models.architecture(section.name, section.start, **sizes)
+        return family, dataclasses.replace(config, **_head(section, config))
     if section.start is not None:
         raise UserError(
             f"model.start is for models made from nothing, but {section.name} is a checkpoint; leave it out"
         )
     directory = models.locate(section.name)
     family, config = models.read_config(directory)
-    changed = {} if (directory / WEIGHTS_FILE).is_file() else _changed(section, config)
+    packed = (directory / WEIGHTS_FILE).is_file()
+    changed = {} if packed else _changed(section, config)
     for name, value in sizes.items():
         if name not in changed and getattr(config, name, None) != value:
             has = f"has {getattr(config, name)!r}" if hasattr(config, name) else "has no such field"
             raise UserError(f"model.sizes says {name} {value!r}, but the checkpoint {section.name} {has}; leave it out")
-    return family, dataclasses.replace(config, **changed)
+    return family, dataclasses.replace(config, **changed, **({} if packed else _head(section, config)))
+
+
+def _head(section: ConfigDict, config: models.ModelConfig) -> dict[str, Any]:
+    """Returns what `model` says of a new head, as far as a model of this kind has a choice."""
+    known = {field.name for field in dataclasses.fields(config)} if section.fresh_head else ()
+    return {name: section[name] for name in ("pooling", "pooler") if name in known}
 
 
 def _changed(section: ConfigDict, config: models.ModelConfig) -> dict[str, Any]:
@@ -283,10 +291,8 @@ def load_model(
         return artifact.model.clone(dtype=dtype), artifact.ranges, pretrained
     fields = ("hidden_dropout", "attention_dropout", "classifier_dropout")
     rates = {field: config.model[field] for field in fields if config.model[field] is not None}
-    if config.model.fresh_head and num_labels is not None:
-        known = {field.name for field in dataclasses.fields(family_and_sizes(config.model)[1])}
-        head = {"pooling": config.model.pooling, "pooler": config.model.pooler}
-        rates |= {name: value for name, value in head.items() if name in known}
+    if num_labels is not None:
+        rates |= _head(config.model, family_and_sizes(config.model)[1])
     if directory is None:
         if config.model.layers:
             raise UserError(

@@ -21,7 +21,7 @@ from qtx.methods.efficient_quantization import Value, policy_of, with_value
 from qtx.methods.layer_rounding import AdaRound
 from qtx.methods.outlier_suppression import OutlierSuppression, suppression_policy
 from qtx.methods.patterns import pattern_policy
-from qtx.methods.teacher_intervention import ACTIVATIONS, PARTS, student_policy
+from qtx.methods.teacher_intervention import ACTIVATIONS, PARTS, PARTS_OF_SOME, student_policy
 from qtx.nn.aliases import policy as make_policy
 from qtx.quant import (
     Spec,
@@ -296,6 +296,17 @@ def _student_policy(section: ConfigDict, weights: Spec | None) -> Policy:
     weights = dataclasses.replace(weights, clip=clip)
     activations = None if activations is None else dataclasses.replace(activations, clip=clip)
     table = dataclasses.replace(weights, granularity=per_channel())
+    switches = _student_parts(section)
+    found = student_policy(weights, table, activations, **switches, published=section.student == "published")
+    if found == Policy():
+        raise UserError(
+            f"quant.student_without {section.student_without!r} leaves nothing to quantize: name fewer parts"
+        )
+    return found
+
+
+def _student_parts(section: ConfigDict) -> dict[str, bool]:
+    """Returns which parts of a student are quantized, by name."""
     switches = dict.fromkeys(PARTS, True)
     if section.student == "layers":
         switches |= {"emb": False, "cls": False}
@@ -304,12 +315,30 @@ def _student_policy(section: ConfigDict, weights: Spec | None) -> Policy:
             has = [name for name, on in switches.items() if on]
             raise UserError(f"quant.student_without: {section.student!r} has no part {part!r}{near_misses(part, has)}")
         switches[part] = False
-    found = student_policy(weights, table, activations, **switches, published=section.student == "published")
-    if found == Policy():
+    return switches
+
+
+def check_student(section: ConfigDict, sites: Iterable[str]) -> None:
+    """Raises a `UserError` if a model does not have a part that its student quantizes: a word table, or a pooler.
+
+    Args:
+      section: `quant`.
+      sites: names of the model's sites.
+    """
+    if not section.student:
+        return
+    names, switches = list(sites), _student_parts(section)
+    missing = [
+        part
+        for part, weights in PARTS_OF_SOME.items()
+        if switches[part] and not any(name.endswith(weights) for name in names)
+    ]
+    if missing:
+        without = ", ".join([*filter(None, [section.student_without.strip(" ,")]), *missing])
+        lacks = " and ".join({"emb": "no word table", "cls": "no pooler"}[part] for part in missing)
         raise UserError(
-            f"quant.student_without {section.student_without!r} leaves nothing to quantize: name fewer parts"
+            f"quant.student is {section.student!r}, but the model has {lacks}; set quant.student_without={without!r}"
         )
-    return found
 
 
 def _student_activations(section: ConfigDict) -> Spec | None:

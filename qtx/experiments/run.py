@@ -23,7 +23,14 @@ from qtx.data.parallel import FURTHER_TESTS
 from qtx.errors import UserError, near_misses
 from qtx.experiments.config import defaults_of, field_of, phases_of
 from qtx.experiments.experiment import LABELLED, VALIDATION, Experiment, family_and_sizes, from_nothing
-from qtx.experiments.from_config import evaluation_from, optimizer_from, policy_from, rounding_from, suppression_from
+from qtx.experiments.from_config import (
+    check_student,
+    evaluation_from,
+    optimizer_from,
+    policy_from,
+    rounding_from,
+    suppression_from,
+)
 from qtx.experiments.setup import setup, sites_of
 from qtx.experiments.teaching import check_phases, remaining_steps, taught
 from qtx.export.packed import load_quantized, save_quantized
@@ -97,7 +104,9 @@ def check_run(config: ConfigDict, entry: str = "train", model: ConfigDict | None
         return
     policy = required_policy(config, sizes.num_layers, *phases[:1])
     rounding = rounding_from(config.quant, config.adaround) if entry == "quantize" else None
-    check_quantization(policy, rounding, sites_of(config, family, sizes))
+    sites = sites_of(config, family, sizes)
+    check_student(config.quant, sites)
+    check_quantization(policy, rounding, sites)
     if entry == "quantize":
         check_suppression(suppression_from(config.quant, config.outlier_suppression), sizes)
 
@@ -145,6 +154,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
         quantized_before = policy is not None
         if section.quantized:
             policy = experiment.adapted(required_policy(config, experiment.pretrained.config.num_layers, name))
+            check_student(config.quant, experiment.sites())
             check_policy(policy, experiment.sites())
             if not config.quant.bit.linear_bias:
                 options["trainable"] = _trained_without_biases(experiment, policy, options["trainable"])
@@ -442,6 +452,7 @@ def policy_to_apply(experiment: Experiment) -> Policy:
         raise UserError("calibration.ranges is what training begins with, and nothing is trained here; leave it empty")
     policy = required_policy(config, experiment.pretrained.config.num_layers)
     rounding = rounding_from(config.quant, config.adaround)
+    check_student(config.quant, experiment.sites())
     check_quantization(policy, rounding, experiment.sites())
     check_suppression(suppression_from(config.quant, config.outlier_suppression), experiment.pretrained.config)
     return policy

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from ml_collections import ConfigDict
 
 from qtx import models
 from qtx.errors import UserError, near_misses
 from qtx.experiments.classification import Classification
-from qtx.experiments.config import phases_of
+from qtx.experiments.config import base, phases_of
 from qtx.experiments.experiment import Experiment
 from qtx.experiments.from_config import parse_overrides
-from qtx.methods.distillation import LOSS_SETS, LOSSES, Teacher, check_losses, distillation_phase
-from qtx.methods.teacher_intervention import Interventions, intervention_phase, untrained_padding
-from qtx.train.phase import Phase
+from qtx.export.packed import WEIGHTS_FILE
+from qtx.methods.distillation import (
+    LOSS_SETS,
+    LOSSES,
+    READ_BY,
+    LayerRule,
+    Pairs,
+    Teacher,
+    check_losses,
+    distillation_phase,
+)
+from qtx.methods.teacher_intervention import Interventions, intervention_phase, published_collections
+from qtx.train.phase import Phase, task_loss
 
 _SHOWN = 4  # labels in an error
 _ROUNDED = 1e-9  # of a step: what a product of floats may lie above a whole number
@@ -45,8 +56,28 @@ def losses_of(text: str, field: str) -> dict[str, float]:
     return found
 
 
+def layers_of(text: str) -> LayerRule | Pairs:
+    """Reads `teacher.layers`: a rule as it is, or pairs of layers (student, teacher), such as `'0-1, 1-3'`.
+
+    Raises:
+      UserError: on anything else.
+    """
+    rules = get_args(LayerRule)
+    if text in rules:
+        return cast(LayerRule, text)
+    pairs = [re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part) for part in text.split(",")]
+    if not all(pairs):
+        raise UserError(
+            f"teacher.layers: {text!r} is no rule{near_misses(text, rules)}; or give pairs of the student's and the teacher's "
+            "layers, from 0, such as '0-1, 1-3'"
+        )
+    return tuple((int(pair[1]), int(pair[2])) for pair in pairs if pair)
+
+
 def taught(phase: Phase, section: ConfigDict, experiment: Experiment, trained_before: bool) -> Phase:
-    """Returns a phase that learns from the teacher that a configuration names; without `losses` the phase as it is.
+    """Returns a phase that learns from the teacher that a configuration names; without `losses` from the labels, as it did.
+
+    A published student keeps the gradient off its padding row either way (`published_collections`).
 
     Args:
       phase: the student's.
@@ -57,17 +88,29 @@ def taught(phase: Phase, section: ConfigDict, experiment: Experiment, trained_be
     Raises:
       UserError: on anything that does not exist, or does not fit the student.
     """
+    collections: dict[str, Any] = {}
+    if experiment.config.quant.student == "published":
+        collections = published_collections(phase.model.policy, experiment.pretrained.config)  # type: ignore[attr-defined]
     if not section.losses:
-        return phase
+        if not collections or phase.objective is not task_loss:
+            return phase
+        return dataclasses.replace(phase, objective=functools.partial(task_loss, **collections))
     if not isinstance(experiment, Classification):
         raise UserError(f"phase {phase.name!r}: distillation is for tasks with labels, not {experiment.config.task!r}")
     losses = losses_of(section.losses, f"phases.{phase.name}.losses")
     c = experiment.config.teacher
+    if experiment.task.is_regression and c.temperature != 1:
+        raise UserError(
+            f"teacher.temperature is {c.temperature}, but task {experiment.config.task!r} has one output, which is compared by "
+            "squared error; leave it at 1.0"
+        )
     options: dict[str, Any] = dict(
-        layers=c.layers, temperature=c.temperature, padding=c.padding, relation_heads=c.relation_heads
+        layers=layers_of(c.layers),
+        temperature=c.temperature,
+        padding=c.padding,
+        relation_heads=c.relation_heads,
+        collections=collections,
     )
-    if experiment.config.quant.student == "published":
-        options["collections"] = untrained_padding(experiment.pretrained.config)  # type: ignore[arg-type]
     teacher = _teacher(phase, experiment, trained_before)
     if section.intervention:
         return intervention_phase(phase, teacher, section.intervention, losses, **options)
@@ -78,19 +121,19 @@ def check_phases(config: ConfigDict) -> None:
     """Checks what the phases of a recipe say of a teacher and of one another, as far as that takes neither data nor model.
 
     Raises:
-      UserError: on losses or an intervention that do not exist, a teacher that nothing learns from, a share that is none, or
-        a phase included that is no earlier one.
+      UserError: on losses or an intervention that do not exist, a teacher that nothing learns from, a field of it that nothing
+        reads, a share that is none, or a phase included that is no earlier one.
     """
-    if config.teacher.name and not any(section.losses for _, section in phases_of(config)):
-        raise UserError(
-            f"teacher.name is {config.teacher.name!r}, but no phase of the recipe has losses: set phases.{config.recipe[-1]}."
-            "losses, or leave teacher.name out"
-        )
-    before: list[str] = []
+    wanted: set[str] = set()
     for name, section in phases_of(config):
         if section.losses:
-            check_losses(losses_of(section.losses, f"phases.{name}.losses"))
-        elif section.intervention:
+            losses = losses_of(section.losses, f"phases.{name}.losses")
+            check_losses(losses)
+            wanted |= {loss for loss, weight in losses.items() if weight}
+    _check_section(config, wanted)
+    before: list[str] = []
+    for name, section in phases_of(config):
+        if section.intervention and not section.losses:
             raise UserError(
                 f"phase {name!r}: an intervention {section.intervention!r} needs a teacher; set its `losses`"
             )
@@ -103,6 +146,32 @@ def check_phases(config: ConfigDict) -> None:
         if section.including and section.including not in before:
             raise UserError(f"phase {name!r} includes {section.including!r}, which is no earlier phase of the recipe")
         before.append(name)
+
+
+def _check_section(config: ConfigDict, wanted: Set[str]) -> None:
+    """Raises a `UserError` on a field of `teacher` that makes no difference to the losses of a recipe, or that is missing."""
+    for name, default in base().teacher.items():
+        value = config.teacher[name]
+        if value == default:
+            continue
+        if not wanted:
+            raise UserError(
+                f"teacher.{name} is {value!r}, but no phase of the recipe has losses: set phases.{config.recipe[-1]}.losses, "
+                f"or leave it at {default!r}"
+            )
+        if name in READ_BY and not wanted & set(READ_BY[name]):
+            raise UserError(
+                f"teacher.{name} is {value!r}, which none of the losses {', '.join(sorted(wanted))} reads, but "
+                f"{', '.join(READ_BY[name])}; leave it at {default!r}"
+            )
+    if not wanted:
+        return
+    layers_of(config.teacher.layers)
+    if config.model.layers and not config.teacher.name:
+        raise UserError(
+            f"model.layers: the student keeps layers {tuple(config.model.layers)} alone: give teacher.name, the teacher of all "
+            f"layers (such as {config.model.name!r})"
+        )
 
 
 def _teacher(phase: Phase, experiment: Classification, trained_before: bool) -> Teacher:
@@ -126,6 +195,10 @@ def teacher_of(experiment: Classification) -> Teacher:
             check_labels(config.model.name, experiment.pretrained.directory, experiment)
         return Teacher(experiment.model, {"params": experiment.pretrained.params})
     directory = models.locate(name)
+    if (directory / WEIGHTS_FILE).is_file():
+        raise UserError(
+            f"teacher.name: {name} is a packed artifact; give a float checkpoint, such as model/ of the run that made it"
+        )
     found = models.load(str(directory), None)
     if found.fresh:
         raise UserError(f"teacher.name: {name} has no trained {' and '.join(found.fresh)}; fine-tune it first")

@@ -15,7 +15,7 @@ pairs of layers. An example counts by its weight in the batch, so filler rows do
     maps                 KL divergence of the student's attention maps from the teacher's
     context              squared error of the attention context
     self_output          squared error of the attention's output projection, before dropout, residual and LayerNorm
-    attention_output     squared error behind that LayerNorm
+    attention_output     squared error behind that LayerNorm; only where norms stand behind sub-layers, unlike those of a ViT
     *_relations          KL divergence of the softmax of scaled products of values with values (queries, keys), head by head
 
 Sources: Hinton et al. 2015 (section 2), TinyBERT (Jiao et al. 2020, eq. 7-10), TernaryBERT (Zhang et al. 2020, section
@@ -56,12 +56,19 @@ LAYER_SITES = {  # of the losses that compare layers
 }
 LOGIT_LOSSES = ("logits", "logits_ternarybert", "labels", "labels_published")
 LOSSES = (*LOGIT_LOSSES, "hidden_states", *LAYER_SITES)
+READ_BY = {  # fields of `Distillation`, with the losses that they make a difference to
+    "temperature": ("logits", "logits_ternarybert"),
+    "padding": ("hidden_states", "scores", "context", "self_output", "attention_output"),
+    "relation_heads": tuple(RELATIONS),
+}
 
 LOSS_SETS: dict[str, dict[str, float]] = {
     "ternarybert": {"logits_ternarybert": 1.0, "hidden_states": 1.0, "scores": 1.0},
     "teacher_intervention": {"logits": 1.0, "hidden_states": 1.0, "attention_output": 1.0, "scores": 1.0},
 }
 
+# How pairs of layers are given, in errors: to the library, and in the text of a configuration.
+_PAIRS = "pairs (student, teacher) from 0, such as (0, 1), (1, 3), in a configuration '0-1, 1-3'"
 _PUBLISHED_FLOOR = -100.0  # published losses take scores at and below it for masked ones
 _LEAST_PROBABILITY = 1e-8  # of attention maps within the logarithm
 
@@ -189,13 +196,13 @@ def layer_pairs(rule: LayerRule | Sequence[tuple[int, int]], student: int, teach
             raise UserError("layers: no pairs of layers were given")
         return pairs
     if rule not in get_args(LayerRule):
-        raise UserError(f"layers: unknown rule {rule!r}{near_misses(rule, get_args(LayerRule))}")
+        raise UserError(f"layers: unknown rule {rule!r}{near_misses(rule, get_args(LayerRule))}; or give {_PAIRS}")
     if rule == "same" and student != teacher:
-        raise UserError(f"layers 'same': {both}; choose 'every', 'first', 'last' or pairs")
+        raise UserError(f"layers 'same': {both}; choose 'every', 'first', 'last' or {_PAIRS}")
     if student > teacher:
-        raise UserError(f"layers {rule!r}: {both}; give pairs, or a teacher that is at least as deep")
+        raise UserError(f"layers {rule!r}: {both}; give {_PAIRS}, or a teacher that is at least as deep")
     if rule == "every" and teacher % student:
-        raise UserError(f"layers 'every': {both}, which is no multiple; choose 'first', 'last' or pairs")
+        raise UserError(f"layers 'every': {both}, which is no multiple; choose 'first', 'last' or {_PAIRS}")
     step, start = (teacher // student, teacher // student - 1) if rule == "every" else (1, 0)
     start = teacher - student if rule == "last" else start
     return tuple((i, start + step * i) for i in range(student))
@@ -278,6 +285,10 @@ class Distillation:
         check_losses(self.losses)
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise UserError(f"the temperature {self.temperature} of distillation must be above 0, and finite")
+        if self.relation_heads < 0:
+            raise UserError(
+                f"relation_heads is {self.relation_heads}: give a number that divides both widths; 0 is the student's heads"
+            )
         if self.padding not in get_args(Padding):
             raise UserError(f"unknown padding rule {self.padding!r}{near_misses(self.padding, get_args(Padding))}")
 
@@ -398,6 +409,9 @@ def check_teacher(objective: Distillation, args: Sequence[Any] | None = None) ->
     if our_outputs.logits.shape != their_outputs.logits.shape:
         labels = our_outputs.logits.shape[-1], their_outputs.logits.shape[-1]
         raise UserError(f"the student has {labels[0]} labels and the teacher {labels[1]}: they have different tasks")
+    if "attention_output" in wanted:
+        for side, model in models.items():
+            _check_norm_behind(side, model)
     for name in wanted:
         pairs: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
         if name == "hidden_states":
@@ -416,6 +430,17 @@ def check_teacher(objective: Distillation, args: Sequence[Any] | None = None) ->
             _check_shapes(objective, name, what, our_shape, their_shape)
         if name == "context":
             check_heads("loss 'context'", objective.student, objective.teacher)
+
+
+def _check_norm_behind(side: str, model: nn.Module) -> None:
+    """Raises a `UserError` if the norm of attention stands before it: behind attention there is the residual sum alone then,
+    and the norm's output is of the layer before."""
+    if model.norm_first:  # type: ignore[attr-defined]
+        raise UserError(
+            f"loss 'attention_output' is of the norm behind attention, and in the {side} ({type(model).__name__}) norms stand "
+            "before their sub-layers; take 'self_output' (teacher_intervention: 'logits=1, hidden_states=1, scores=1, "
+            "self_output=1')"
+        )
 
 
 def _check_shapes(

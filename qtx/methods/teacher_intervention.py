@@ -65,6 +65,8 @@ PARTS = ("emb", "qkv", "ffn_1", "ffn_2", "cls")
 """Switches of `student_policy`, by their published names."""
 
 _TABLE = "encoder/embeddings/word/table"
+PARTS_OF_SOME = {"emb": _TABLE, "cls": "pooler/dense/kernel"}
+"""Parts that not every model has, with their weights: images have no words, and a head can do without a pooler."""
 _ATTENTION = "encoder/layer_*/attention/"
 
 
@@ -126,13 +128,26 @@ def student_policy(
 def untrained_padding(config: BertConfig) -> dict[str, Any]:
     """Returns the collection that keeps the gradient off the padding row of the word table, to be given to `apply`.
 
-    The row is looked up as ever. Published students have this where their table is quantized.
+    The row is looked up as ever. Published students have this where their table is quantized: `published_collections`.
 
     Returns:
       `{"detach": ...}` with bool `[V, 1]` at the table.
     """
     row = jnp.arange(config.vocab_size)[:, None] == config.pad_token_id
     return {"detach": {"encoder": {"embeddings": {"word": {"table": row}}}}}
+
+
+def published_collections(policy: Policy | None, config: Any) -> dict[str, Any]:
+    """Returns the collections that a published student has in every step: `untrained_padding` where its word table is on a
+    grid, which a model of images does not have; with the table in full precision the padding row is trained.
+
+    Args:
+      policy: of the student; None: full precision.
+      config: of its model.
+    """
+    if policy is None or policy.spec("weight", _TABLE) is None:
+        return {}
+    return untrained_padding(config)
 
 
 # --- What an intervention is ---

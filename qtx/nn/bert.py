@@ -115,11 +115,17 @@ Part = TypeVar("Part", bound="Block")
 
 
 class Block(nn.Module):
-    """Fields and layers that all parts of a model share. Other families of encoders derive theirs from it."""
+    """Fields and layers that all parts of a model share. Other families of encoders derive theirs from it.
+
+    `norm_first` says whether the norm of a sub-layer stands before it: the site `attention/norm/output` is what enters
+    attention then, not what comes of it.
+    """
 
     config: BertConfig
     dtype: jnp.dtype = jnp.float32
     policy: Policy | None = None
+
+    norm_first: ClassVar[bool] = False
 
     def initializers(self) -> dict[str, Any]:
         """Returns the fields of `Dense` that say how linear layers start."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -103,6 +103,8 @@ class TextClassifierConfig(bert.BertConfig):
 
 class PreNormBlock(bert.Block):
     """A part of a pre-norm model that is trained from nothing: how its linear layers start, as published."""
+
+    norm_first: ClassVar[bool] = True
 
     def initializers(self) -> dict[str, Any]:
         return {"kernel_init": XAVIER, "bias_init": uniform_bias}
@@ -224,6 +226,7 @@ class TextClassifier(bert.BertClassifier):
 
     config: TextClassifierConfig
 
+    norm_first: ClassVar[bool] = True
     encoder_type = Encoder
 
     def head(self, x: jax.Array, mask: jax.Array, deterministic: bool) -> tuple[jax.Array, jax.Array]:

@@ -161,6 +161,8 @@ class Block(bert.Block):
 
     config: VitConfig  # type: ignore[assignment]
 
+    norm_first: ClassVar[bool] = True
+
 
 class Embeddings(Block):
     """Tokens of the patches, behind one or two learned ones, plus their positions."""

@@ -67,10 +67,13 @@ def label_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def task_loss(forward: Forward, batch: Batch, constants: Any = None) -> tuple[Any, ...]:
-    """The objective of plain training: sums of weighted losses and of weights, and of what is right where there are classes."""
+def task_loss(forward: Forward, batch: Batch, constants: Any = None, **collections: Any) -> tuple[Any, ...]:
+    """The objective of plain training: sums of weighted losses and of weights, and of what is right where there are classes.
+
+    With `functools.partial` the model gets further variable collections, as some students have them.
+    """
     del constants
-    logits, labels, weights = forward(batch)[0].logits, batch["labels"], batch["weights"]
+    logits, labels, weights = forward(batch, **collections)[0].logits, batch["labels"], batch["weights"]
     loss, weight = jnp.sum(label_losses(logits, labels) * weights), jnp.sum(weights)
     if logits.shape[-1] == 1:
         return loss, weight

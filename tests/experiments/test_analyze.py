@@ -193,6 +193,7 @@ def test_landscapes_and_errors_of_layers(versions, tmp_path, monkeypatch):
     errors = {row["model"]: row for row in rows_of(tmp_path / "layer_errors.csv")}
     assert list(errors) == ["quantized", "other"]  # in full precision it is the teacher itself
     assert all(float(row["hidden_states"]) > 1e-4 for row in errors.values())
+    assert all(float(row["attention_output"]) > 1e-4 for row in errors.values())
 
     # What stands in a file is not measured again, and the report is the same.
     (tmp_path / "layer_errors_other.json").unlink()

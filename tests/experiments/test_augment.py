@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qtx import models
+from qtx.errors import UserError
 from qtx.experiments import augment as module
 from qtx.experiments.augment import augment, default_settings
 from qtx.experiments.classification import load_dataset
@@ -59,7 +60,10 @@ def test_augment_and_train_on_it(tiny_config, parts, tmp_path, monkeypatch):
     ]
 
     originals = load_dataset(tiny_config).splits["train"]
-    tiny_config.data.augmented = str(workdir)
+    tiny_config.data.augmented, tiny_config.data.limit_train = str(workdir), 10
+    with pytest.raises(UserError, match="data.limit_train is 10, but data.augmented holds"):
+        load_dataset(tiny_config)
+    tiny_config.data.limit_train = 0
     found = load_dataset(tiny_config).splits
     augmented = found["train"]
     assert len(augmented) == record["rows"] > 2 * len(originals) and len(found["validation"]) == 48

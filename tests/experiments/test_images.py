@@ -1,5 +1,6 @@
 """Experiments on images, end to end on tiny digits: training, a teacher's tensors, what is saved, what does not fit."""
 
+import csv
 import json
 
 import numpy as np
@@ -100,6 +101,21 @@ def test_two_steps_with_a_teacher(trained, tmp_path):
     assert evaluate(again) == pytest.approx(found["metrics"]["intervene"])
 
 
+@pytest.mark.parametrize("losses", ["teacher_intervention", "logits=1, attention_output=1"])
+def test_the_norm_before_attention_is_not_its_output(trained, losses):
+    config = with_teacher(trained[0], **{"phases.intervene.losses": losses})
+    with pytest.raises(UserError, match="'attention_output' .*VitClassifier.*take 'self_output'"):
+        make_recipe(setup(config))
+
+
+def test_a_published_student_of_images(trained):
+    fields = {"quant.student": "published", "phases.intervene.losses": "logits=1"}
+    with pytest.raises(UserError, match="no word table and no pooler; set quant.student_without='emb, cls'"):
+        make_recipe(setup(with_teacher(trained[0], **fields)))
+    found = make_recipe(setup(with_teacher(trained[0], **fields, **{"quant.student_without": "emb, cls"})))[0]
+    assert found[0].objective.collections == {}
+
+
 def test_quantized_without_training(trained, tmp_path):
     config = changed(trained[0], {"quant.overrides": FEWER_SITES}, "test")
     found = quantize(config, tmp_path)
@@ -117,6 +133,21 @@ def test_analyses_of_images(trained, tmp_path):
     assert "1 x 5 tokens" in analyze(config, tmp_path)
     config.analyses = ("outliers",)
     with pytest.raises(UserError, match="'outliers' tells of the tokens of texts"):
+        analyze(config, tmp_path / "other")
+
+
+def test_errors_of_layers_of_images(trained, tmp_path):
+    config = changed(trained[0], {"quant.student": "layers", "quant.weight_scheme": "ternary"}, "test")
+    with config.unlocked():
+        config.analyses, config.analysis = ("layer_errors",), analysis()
+    config.analysis.layer_errors.update(batches=1, batch_size=5)
+    analyze(config, tmp_path)
+    with open(tmp_path / "layer_errors.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert {"self_output", "hidden_states"} < row.keys() and "attention_output" not in row
+    assert float(row["self_output"]) > 0 and float(row["hidden_states"]) > 0
+    config.analysis.layer_errors.quantities = ("attention_output",)
+    with pytest.raises(UserError, match="take 'self_output'"):
         analyze(config, tmp_path / "other")
 
 

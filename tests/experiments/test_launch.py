@@ -46,7 +46,15 @@ ARGUMENTS = {
     "qat": ["w8a8", "w4a8", "w4a32", "w4a8_e2", "ternary", "smoke"],
     "quickstart": ["full", "smoke"],
     "results": ["rte", "mrpc", "smoke"],
-    "teacher_intervention": ["ternary", "gradual+quarter", "published_map", "glue", "cola", "smoke"],
+    "teacher_intervention": [
+        "ternary",
+        "cola+gradual+quarter",
+        "sst2+full_precision",
+        "stsb+published_map",
+        "glue",
+        "cola",
+        "smoke",
+    ],
     "translation": [
         "full_precision",
         "attention_4+warm",

@@ -16,7 +16,7 @@ from qtx.errors import UserError
 from qtx.experiments.config import changed, quantization
 from qtx.experiments.from_config import policy_from
 from qtx.experiments.plan import plan
-from qtx.experiments.run import make_recipe, train_and_evaluate
+from qtx.experiments.run import check_recipe, make_recipe, train_and_evaluate
 from qtx.experiments.setup import setup
 from qtx.experiments.teaching import losses_of, teacher_of
 from qtx.export.packed import load_quantized
@@ -24,6 +24,7 @@ from qtx.methods.distillation import LOSS_SETS, Distillation
 from qtx.methods.teacher_intervention import ACTIVATIONS, CLIP, PARTS, student_policy
 from qtx.models import load, read_config, save
 from tests.conftest import WORDS, make_tiny_config
+from tests.methods.distilling import forward_of
 from tests.models.hf import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +77,16 @@ def test_two_phases_share_the_steps_of_one(teacher, tmp_path):
     assert packed.original == student_policy()
     table = np.asarray(packed.params["encoder"]["embeddings"]["word"]["table"])
     assert all(len(np.unique(np.abs(row[row != 0]))) <= 1 for row in table)  # three values in a row
+    config.teacher.name = str(tmp_path / "quantized")
+    with pytest.raises(UserError, match="teacher.name: .*quantized is a packed artifact; give .*model/"):
+        make_recipe(setup(config))
+
+
+def by_losses(losses):
+    return {"phases.intervene.losses": losses, "phases.qat.losses": losses}
+
+
+UNTAUGHT = {"recipe": ("qat",), "phases.qat.losses": "", "phases.qat.including": ""}
 
 
 def lengths(config):
@@ -115,6 +126,25 @@ def test_no_share(teacher, share):
         ({"phases.qat.losses": "logits=inf"}, ["weight inf", "no finite number"]),
         ({"teacher.temperature": float("inf")}, ["temperature inf", "finite"]),
         ({"phases.intervene.losses": ""}, ["'gradual'", "losses"]),
+        ({**UNTAUGHT, "teacher.layers": "every"}, ["teacher.layers is 'every'", "no phase", "leave it at 'same'"]),
+        ({**UNTAUGHT, "teacher.padding": "published"}, ["teacher.padding is 'published'", "no phase"]),
+        ({**UNTAUGHT, "teacher.temperature": 2.0}, ["teacher.temperature is 2.0", "no phase"]),
+        (
+            {**by_losses("logits=1, maps=1"), "teacher.padding": "published"},
+            ["losses logits, maps reads", "hidden_states"],
+        ),
+        ({**by_losses("maps=1, logits=0"), "teacher.temperature": 2.0}, ["teacher.temperature is 2.0", "losses maps"]),
+        ({"teacher.relation_heads": 2}, ["teacher.relation_heads is 2", "value_relations"]),
+        ({**by_losses("value_relations=1"), "teacher.relation_heads": -4}, ["relation_heads is -4"]),
+        ({"teacher.layers": "((0,1),(1,3))"}, ["'((0,1),(1,3))'", "such as '0-1, 1-3'"]),
+        ({"teacher.layers": "0-0, 1"}, ["'0-0, 1'", "such as '0-1, 1-3'"]),
+        ({"teacher.layers": "0-5"}, ["no pair (0, 5)", "the teacher 1"]),
+        ({"model.layers": (0,)}, ["keeps layers (0,) alone", "give teacher.name"]),
+        ({"model.fresh_head": True, "model.pooler": False}, ["no pooler", "student_without='cls'"]),
+        (
+            {"model.fresh_head": True, "model.pooler": False, "quant.student_without": "emb,"},
+            ["student_without='emb, cls'"],
+        ),
         ({"phases.intervene.losses": "tinybert"}, ["'tinybert'", "ternarybert"]),
         ({"phases.qat.losses": "logits=high"}, ["'logits'", "'high'"]),
         ({"phases.qat.losses": "logit=1"}, ["'logit'", "logits"]),
@@ -180,7 +210,9 @@ def deep(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("rule", "kept"), [("every", (1, 3)), ("first", (0, 1)), ("last", (2, 3))], ids=["every", "first", "last"]
+    ("rule", "kept"),
+    [("every", (1, 3)), ("first", (0, 1)), ("last", (2, 3)), ("0-0, 1 - 3", (0, 3))],
+    ids=["every", "first", "last", "pairs"],
 )
 def test_a_student_of_some_of_the_layers(teacher, deep, tmp_path, rule, kept):
     changes = {
@@ -226,10 +258,40 @@ def test_an_untrained_model_cannot_teach_itself(teacher, tiny_checkpoint):
         make_recipe(setup(config))
 
 
-def test_published_students_do_not_train_the_row_of_padding(teacher):
-    for student, found in (("published", {"detach"}), ("corrected", set())):
-        objective = make_recipe(setup(with_recipe(teacher, **{"quant.student": student})))[0][0].objective
-        assert set(objective.collections) == found
+@pytest.mark.parametrize("losses", ["", "logits=1"])
+@pytest.mark.parametrize(
+    ("student", "without", "trained"),
+    [("published", "", False), ("published", "emb", True), ("published", "cls", False), ("corrected", "", True)],
+)
+def test_published_students_do_not_train_the_row_of_padding_of_a_quantized_table(
+    teacher, losses, student, without, trained
+):
+    fields = {**UNTAUGHT, "phases.qat.losses": losses, "quant.student": student, "quant.student_without": without}
+    experiment = setup(with_recipe(teacher, **fields))
+    (phase,), _ = make_recipe(experiment)
+    batch = experiment.batches("train", 8, shuffle=False, epochs=1)[0]
+    assert np.any(batch["input_ids"] == experiment.pad_id)
+    batch = {**batch, "attention_mask": np.ones_like(batch["attention_mask"])}  # else nothing reaches the row here
+
+    def loss(params):
+        return phase.objective(forward_of(phase.model, params), batch, phase.constants)[0]
+
+    table = jax.grad(loss)(experiment.pretrained.params)["encoder"]["embeddings"]["word"]["table"]
+    assert np.any(table[experiment.pad_id]) == trained and np.any(table)
+
+
+def test_a_phase_in_full_precision_trains_the_row_of_padding(teacher):
+    fields = {"recipe": ("finetune",), "phases.finetune.losses": "logits=1", "quant.student": "published"}
+    (phase,), _ = make_recipe(setup(with_recipe(teacher, **fields)))
+    assert phase.objective.collections == {}
+
+
+def test_one_output_has_no_temperature(teacher):
+    experiment = setup(with_recipe(teacher, **{"teacher.temperature": 2.0}))
+    task = dataclasses.replace(experiment.task, labels=())
+    experiment = dataclasses.replace(experiment, dataset=dataclasses.replace(experiment.dataset, task=task))
+    with pytest.raises(UserError, match="teacher.temperature is 2.0, .*squared error; leave it at 1.0"):
+        make_recipe(experiment)
 
 
 def test_losses_by_name_and_by_weight():
@@ -284,9 +346,35 @@ def test_the_config_file():
     quarter, whole = file_config("gradual+quarter").phases, file_config("gradual").phases
     assert (quarter.qat.epochs, quarter.intervene.steps) == (whole.qat.epochs, whole.intervene.steps)
     assert quarter.qat.share == quarter.intervene.share == whole.qat.share / 4 == 0.25
-    for name, word in (("gradul", "gradual"), ("gradual+half", "quarter")):
+    for name, word in (
+        ("gradul", "unknown task or method 'gradul'.*tasks are rte, .*sst2.*methods .*gradual"),
+        ("colla", "unknown task or method 'colla'.*cola"),
+        ("cola+gradul", "'gradul'"),
+        ("gradual+half", "choose 'quarter'"),
+        ("full_precision+quarter", "full_precision does not go with 'quarter'"),
+    ):
         with pytest.raises(UserError, match=word):
             file_config(name)
+    check_recipe(file_config("cola+published_ternary"))
+    assert file_config("cola+published_gradual").teacher.padding == "published"
+
+
+@pytest.mark.parametrize("task", ["rte", "cola", "sst2"])
+def test_a_method_on_a_task_is_what_its_sweep_runs(task):
+    trials = {trial.row.name.replace(" ", "_"): trial.config for trial in plan(file_config(task))}
+    assert len(trials) == 12
+    for name, config in trials.items():
+        assert file_config(f"{task}+{name}").to_dict() == config.to_dict() | {"seed": 1000}, name
+    assert file_config("rte+gradual").to_dict() == file_config("gradual").to_dict()
+    c = file_config("cola+gradual")
+    assert (c.task, c.data.max_length, c.phases.qat.batch_size, c.phases.intervene.steps) == ("cola", 64, 16, 120)
+
+
+def test_rows_without_a_teacher_do_not_read_the_fields_of_one():
+    config = file_config("rte")
+    config.teacher.update(temperature=2.0, layers="every", name="x")
+    for trial in plan(config):
+        check_recipe(trial.config)
 
 
 def test_smoke_needs_no_trained_model(tiny_config):

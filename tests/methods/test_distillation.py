@@ -12,6 +12,9 @@ from qtx.errors import UserError
 from qtx.methods import distillation
 from qtx.methods.distillation import LOSS_SETS, LOSSES, Distillation, Teacher, distillation_phase, layer_pairs
 from qtx.nn import BertClassifier
+from qtx.nn.sites import example_inputs
+from qtx.nn.text_classifier import TextClassifier, TextClassifierConfig
+from qtx.nn.vit import DeitConfig, VitClassifier, VitConfig
 from qtx.train.optimizer import OptimizerConfig, make_optimizer
 from qtx.train.phase import Phase, make_state, make_step
 from tests.methods.distilling import LENGTHS, batch_of, forward_of, other_params
@@ -202,6 +205,48 @@ def test_equal_models_have_no_loss_but_the_entropy_of_the_labels():
         np.testing.assert_allclose(found[name], 0, atol=1e-6, err_msg=name)
 
 
+# Which norm it is
+
+
+TEXTS = TextClassifierConfig(
+    vocab_size=50, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16, classifier_size=8, num_labels=3
+)
+IMAGES = dict(image_size=4, patch_size=2, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        BertClassifier(tiny.ONE_LAYER),
+        TextClassifier(TEXTS),
+        VitClassifier(VitConfig(**IMAGES)),
+        VitClassifier(DeitConfig(**IMAGES)),
+    ],
+    ids=["bert", "text_classifier", "vit", "deit"],
+)
+def test_attention_output_is_of_norms_behind_attention_alone(model):
+    arguments = example_inputs(model, model.config, tokens=4)
+    params = jax.jit(model.init)(jax.random.key(0), *arguments)["params"]
+
+    def outputs(scale):
+        flat = traverse_util.flatten_dict(params, sep="/")
+        flat["encoder/layer_0/attention/out/kernel"] *= scale
+        given = {"params": traverse_util.unflatten_dict(flat, sep="/")}
+        return model.apply(given, *arguments, mutable=["captures"])[1]["captures"]["encoder"]["layer_0"]["attention"]
+
+    norm_follows = bool(np.any(outputs(1.0)["norm"]["output"] != outputs(3.0)["norm"]["output"]))
+    assert norm_follows is not model.norm_first
+    both = Distillation(model, model, {"attention_output": 1.0, "self_output": 1.0}, ((0, 0),))
+    if norm_follows:
+        distillation.check_teacher(both)
+        return
+    with pytest.raises(
+        UserError, match="'attention_output'.* the student .*before their sub-layers; take 'self_output'"
+    ):
+        distillation.check_teacher(both)
+    distillation.check_teacher(Distillation(model, model, {"self_output": 1.0}, ((0, 0),)))
+
+
 # Layers
 
 
@@ -294,6 +339,7 @@ def test_what_a_loss_does_not_compare_may_differ():
         ({"logits": -1.0}, {}, "weight -1.0 .*'logits' is negative"),
         ({"logits": 1.0}, {"temperature": float("inf")}, "temperature inf .*finite"),
         ({"logits": 1.0}, {"temperature": float("nan")}, "temperature nan .*finite"),
+        ({"value_relations": 1.0}, {"relation_heads": -4}, "relation_heads is -4: .*divides both widths"),
     ],
 )
 def test_weights_and_temperatures_that_are_none(losses, options, words):
