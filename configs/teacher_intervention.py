@@ -32,7 +32,7 @@ full precision and `gradual`, which begins with its model. They take some minute
 from collections.abc import Iterable
 
 from qtx.errors import UserError
-from qtx.experiments.config import base, changed, sweeping
+from qtx.experiments.config import base, changed, sweeping, without_teacher
 
 INTERVENTIONS = ("output", "context", "map", "gradual", "inverted", "stochastic")
 FULL = "full_precision"
@@ -45,11 +45,6 @@ PUBLISHED = {
     "phases.intervene.optimizer.learning_rate": 2e-5,
     "phases.qat.optimizer.learning_rate": 2e-5,
 }
-
-
-WITHOUT_TEACHER = {
-    f"teacher.{name}": value for name, value in base().teacher.items()
-}  # what a sweep is given for others
 
 
 def methods() -> dict[str, dict]:
@@ -127,9 +122,9 @@ def sweep_rows(names: Iterable[str]) -> tuple[dict, ...]:
 
     A teacher that the sweep is given is for the rows that learn from one.
     """
-    rows = [dict(name="full precision", changes=WITHOUT_TEACHER | method(FULL))]
+    rows = [dict(name="full precision", changes=without_teacher() | method(FULL))]
     for name in names:
-        fields = method(name) if is_taught(method(name)) else WITHOUT_TEACHER | method(name)
+        fields = method(name) if is_taught(method(name)) else without_teacher() | method(name)
         rows.append(dict(name=name, changes=fields, start="full precision"))
     return tuple(rows)
 

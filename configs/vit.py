@@ -32,7 +32,7 @@ given here, because nothing was run at full length with this file yet. `smoke` t
 from ml_collections import ConfigDict
 
 from qtx.errors import UserError, near_misses
-from qtx.experiments.config import base, changed, sweeping
+from qtx.experiments.config import base, changed, sweeping, without_teacher
 
 INTERVENTIONS = ("output", "context", "map", "gradual", "inverted", "stochastic")
 LOSSES = "logits=1, hidden_states=1, scores=1"
@@ -59,11 +59,6 @@ PRETRAINED = {
     "phases.finetune.epochs": 3.0,
     "phases.finetune.optimizer.learning_rate": 5e-5,
 }
-
-
-WITHOUT_TEACHER = {
-    f"teacher.{name}": value for name, value in base().teacher.items()
-}  # what a sweep is given for others
 
 
 def task_fields(task: str) -> dict:
@@ -122,11 +117,11 @@ def get_config(arg: str = "cifar10"):
     if arg in ("table", "table+small"):
         small = SMALL_TABLE if arg.endswith("+small") else {}
         config = changed(config, task_fields("cifar10") | small, arg)
-        rows = [dict(name="full precision", changes=WITHOUT_TEACHER)]
+        rows = [dict(name="full precision", changes=without_teacher())]
         names = ("ternary", "ternarybert", "output", "context", "map", "gradual", "gradual+quarter")
         for name in names:
             taught = "phases.qat.losses" in method(name)
-            changes = method(name) if taught else WITHOUT_TEACHER | method(name)
+            changes = method(name) if taught else without_teacher() | method(name)
             rows.append(dict(name=name, changes=changes, start="full precision"))
         config.sweep = sweeping(
             name="vit",

@@ -302,6 +302,11 @@ def sweeping(**fields: Any) -> ConfigDict:
     return changed(section, fields, "sweep")
 
 
+def without_teacher() -> dict[str, Any]:
+    """Returns the changes of a row that has no teacher, whatever teacher the sweep is given for the others."""
+    return {f"teacher.{name}": value for name, value in base().teacher.items()}
+
+
 def defaults_of(config: ConfigDict) -> ConfigDict:
     """Returns the default of every field of a configuration, also of phases that its file has added: what older runs had."""
     found = base()
