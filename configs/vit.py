@@ -25,8 +25,11 @@ positions, norms and head stay in full precision. Methods are
 Norms stand before their sub-layers here, so hidden states are the sums of the residual stream, and the published loss on the
 norm behind the attention has no counterpart and is refused: methods with a teacher share their losses and differ in the
 intervention alone.
-`--config.task=image_folder --config.data.train=DIR --config.data.resize=True` trains on images of one's own. No scores are
-given here, because nothing was run at full length with this file yet. `smoke` trains for seconds.
+`--config.task=image_folder --config.data.train=DIR --config.data.resize=True` trains on images of one's own. `smoke` trains for
+seconds.
+
+Expected of `table+small` (test accuracy, one seed, an hour on one core): full precision 0.43, ternary on the labels 0.47, with
+a teacher 0.43, whatever the intervention: all they learn is what that teacher knows. `table` was not run.
 """
 
 from ml_collections import ConfigDict
