@@ -106,10 +106,6 @@ class Experiment(abc.ABC):
         """Raises a `UserError` if the model is none that a packed artifact holds whole."""
         return
 
-    def adapted(self, policy: Policy) -> Policy:
-        """Returns a policy for the family of the checkpoint in the form that fits the module of the experiment."""
-        return policy
-
     def save(self, workdir: Path, trained: nn.Module, policy: Policy | None, variables: Mapping[str, Any]) -> None:
         """Writes the float master as `model/` and, after a quantized phase, the packed artifact as `quantized/`.
 

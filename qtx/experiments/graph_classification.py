@@ -177,19 +177,6 @@ class GraphClassification(Classification):
         )
         return Classification(**fields | {"model": self.text_model(self.model), "pretrained": pretrained})
 
-    def adapted(self, policy: Policy) -> Policy:
-        """Returns the policy, for both of a student and its teacher where there are two models."""
-        if not isinstance(self.model, StudentAndTeacher):
-            return policy
-
-        return policy.map_rules(
-            lambda _, rules: [
-                dataclasses.replace(rule, pattern=f"{part}/{rule.pattern}")
-                for part in ("student", "teacher")
-                for rule in rules
-            ]
-        )
-
     def training(self) -> dict[str, Any]:
         c = self.config.bittransgnn
         fields = c.alpha, c.temperature, c.target
@@ -339,6 +326,19 @@ def graph_sites(config: ConfigDict, family: models.Family, sizes: Any) -> dict[s
     model = joint_model(config, family, sizes)
     args = (*family.example_inputs(), jnp.zeros(1, jnp.int32))[: len(model.inputs)]  # type: ignore[attr-defined]
     return list_sites(model, jax.eval_shape(model.init, jax.random.key(0), *args), *args)
+
+
+def graph_policy(config: ConfigDict, policy: Policy) -> Policy:
+    """Returns the policy of an encoder for the module that `bittransgnn.method` trains: where there are two models, both."""
+    if config.bittransgnn.method != "online":
+        return policy
+    return policy.map_rules(
+        lambda _, rules: [
+            dataclasses.replace(rule, pattern=f"{part}/{rule.pattern}")
+            for part in ("student", "teacher")
+            for rule in rules
+        ]
+    )
 
 
 def _initial(config: ConfigDict, pretrained: models.Pretrained) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class ImageClassification(Classification):
         drawn = dict(crop=c.crop, flip=c.flip) if shuffle else {}
         return self._batches(split, batch_size, shuffle, epochs, seed, **drawn)
 
+    def save_beside(self, directory: Path) -> None:
+        return  # images are not cleaned
+
     def first_batches(self, count: int, batch_size: int, split: str = "train") -> Sequence[Mapping[str, np.ndarray]]:
         found = self._batches(split, batch_size, shuffle=True, epochs=1, seed=self.config.seed)
         # All but one of its batches are whole.

@@ -31,6 +31,7 @@ from qtx.experiments.from_config import (
     rounding_from,
     suppression_from,
 )
+from qtx.experiments.graph_classification import graph_policy
 from qtx.experiments.setup import setup, sites_of
 from qtx.experiments.teaching import check_phases, remaining_steps, taught
 from qtx.export.packed import load_quantized, save_quantized
@@ -112,14 +113,18 @@ def check_run(config: ConfigDict, entry: str = "train", model: ConfigDict | None
 
 
 def required_policy(config: ConfigDict, num_layers: int, phase: str = "") -> Policy:
-    """Returns the policy of `quant`; raises a `UserError`, which names the phase that needs it, where that is none."""
+    """Returns the policy of `quant`, for the module that a run trains.
+
+    Raises:
+      UserError: it keeps everything in full precision; says which phase is to be quantized.
+    """
     policy = policy_from(config.quant, num_layers)
     if policy is None:
         needs = f"phase {phase!r} is quantized, but " if phase else ""
         raise UserError(
             f"{needs}`quant` keeps everything in full precision; set weight_bits or activation_bits below 32"
         )
-    return policy
+    return graph_policy(config, policy)
 
 
 def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
@@ -153,7 +158,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
         optimizer = optimizer_from(section.optimizer)
         quantized_before = policy is not None
         if section.quantized:
-            policy = experiment.adapted(required_policy(config, experiment.pretrained.config.num_layers, name))
+            policy = required_policy(config, experiment.pretrained.config.num_layers, name)
             check_student(config.quant, experiment.sites())
             check_policy(policy, experiment.sites())
             if not config.quant.bit.linear_bias:
