@@ -36,9 +36,9 @@ the others, as published.
 `smoke`, behind any task and method, takes few documents and one epoch: seconds a run; of a sweep one seed, and of `lambda`
 three shares.
 
-Expected at 1.58 bits, accuracy on the test data (one seed; an hour and a half a task on one core): of `mr` full precision 0.822,
-encoder 0.774, static 0.785, dynamic 0.780, its direct separation 0.767, distillation from it 0.774; of `mrpc` 0.759, 0.696,
-0.692, 0.680, 0.629, 0.679; of `ohsumed` full precision 0.621, encoder 0.594, static 0.605. The rest was not run.
+Expected at 1.58 bits, accuracy on the test data (one seed; an hour and a half a task on one core): of `mr` full precision
+0.822, encoder 0.774, static 0.785, dynamic 0.780, its direct separation 0.767, distillation from it 0.774; of `mrpc` 0.759,
+0.696, 0.692, 0.680, 0.629, 0.679; of `ohsumed` full precision 0.621, encoder 0.594, static 0.605. The rest was not run.
 """
 
 from collections.abc import Sequence
