@@ -114,9 +114,9 @@ def additions_per_weight(bits: float) -> int | None:
 def products(policy: Policy | None, sites: Mapping[str, SiteInfo]) -> tuple[Product, ...]:
     """Returns the matrix products of one forward pass of a model.
 
-    The bits of a linear layer's input are those of its input site, those of queries, keys and values the fewer of their layer's
-    output and of their heads. Where the policy quantizes activations instead, they
-    are the most that any activation has: no site says which activation a layer reads.
+    The bits of a linear layer's input are those of its input site. Where the policy quantizes activations instead, they are the
+    most that any activation has: no site says which activation a layer reads. Queries, keys and values have the fewer bits of
+    their layer's output and of their heads.
 
     Args:
       policy: decides about bits; None: float32.

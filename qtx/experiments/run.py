@@ -104,12 +104,19 @@ def check_run(config: ConfigDict, entry: str = "train", model: ConfigDict | None
     if not phases and entry != "quantize":
         return
     policy = required_policy(config, sizes.num_layers, *phases[:1])
-    rounding = rounding_from(config.quant, config.adaround) if entry == "quantize" else None
-    sites = sites_of(config, family, sizes)
+    _check_fit(config, entry, policy, sites_of(config, family, sizes), sizes)
+
+
+def _check_fit(
+    config: ConfigDict, entry: str, policy: Policy, sites: Mapping[str, SiteInfo], sizes: models.ModelConfig
+) -> None:
+    """Raises a `UserError` if what `quant` says does not fit a model, for `train` or for `quantize`."""
     check_student(config.quant, sites)
-    check_quantization(policy, rounding, sites)
-    if entry == "quantize":
-        check_suppression(suppression_from(config.quant, config.outlier_suppression), sizes)
+    if entry == "train":
+        check_policy(policy, sites)
+        return
+    check_quantization(policy, rounding_from(config.quant, config.adaround), sites)
+    check_suppression(suppression_from(config.quant, config.outlier_suppression), sizes)
 
 
 def required_policy(config: ConfigDict, num_layers: int, phase: str = "") -> Policy:
@@ -159,8 +166,7 @@ def make_recipe(experiment: Experiment) -> tuple[list[Phase], Policy | None]:
         quantized_before = policy is not None
         if section.quantized:
             policy = required_policy(config, experiment.pretrained.config.num_layers, name)
-            check_student(config.quant, experiment.sites())
-            check_policy(policy, experiment.sites())
+            _check_fit(config, "train", policy, experiment.sites(), experiment.pretrained.config)
             if not config.quant.bit.linear_bias:
                 options["trainable"] = _trained_without_biases(experiment, policy, options["trainable"])
             phase = qat_phase(
@@ -456,10 +462,7 @@ def policy_to_apply(experiment: Experiment) -> Policy:
     if config.calibration.ranges:
         raise UserError("calibration.ranges is what training begins with, and nothing is trained here; leave it empty")
     policy = required_policy(config, experiment.pretrained.config.num_layers)
-    rounding = rounding_from(config.quant, config.adaround)
-    check_student(config.quant, experiment.sites())
-    check_quantization(policy, rounding, experiment.sites())
-    check_suppression(suppression_from(config.quant, config.outlier_suppression), experiment.pretrained.config)
+    _check_fit(config, "quantize", policy, experiment.sites(), experiment.pretrained.config)
     return policy
 
 
