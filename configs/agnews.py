@@ -18,9 +18,9 @@ binarized, and IR-Net), `latent` (BERT's weights to begin with; a first epoch in
 A method or an experiment with `+small` behind it has a quarter of the study's widths (`minilm` keeps its own, and no BERT is as
 narrow) and trains for three epochs, at five times the learning rate but for signs: a minute an epoch on two CPU cores.
 `orderings` is the rows of all three experiments that its main claims are about, but for those about rows begun from BERT, which
-are in `latent` and `minilm`. In `orderings+small` the rows of signs begin
-with one epoch in full precision, the same for all: from nothing the study's model needs three epochs of the whole data set
-to reach 0.5.
+are in `latent` and `minilm`. In `orderings+small` the rows of signs begin with one epoch in full precision, the same for all:
+from nothing the study's model needs three epochs of the whole data set to reach 0.5. It has those of `minilm+small`, too, as
+`wide ...`, so that one table shows all claims (`--only='*/wide*'` is these rows alone).
 
 Weights are rounded at random in `wB`; to nearest with `--config.quant.weight_rounding=nearest
 --config.quant.evaluation_rounding=nearest`. A sweep keeps scores and curves; `--config.save_models=True` keeps the models, too,
@@ -194,6 +194,8 @@ EXPERIMENTS["orderings"] = {
     if any(name in claim for claim in ORDERINGS["orderings"])
 }
 SMALL = {"hidden_size": 128, "num_heads": 4, "intermediate_size": 256, "classifier_size": 256}
+WIDE = {"hidden_size": 384, "num_heads": 12, "intermediate_size": 1024, "classifier_size": 1024}
+MINILM = "all-MiniLM-L6-v2"  # which is as wide
 FIRST_EPOCH = "first epoch, full precision"
 
 
@@ -207,7 +209,10 @@ def _row(name: str, score: float | None, small: bool = False) -> dict:
 
 
 def small_orderings() -> tuple[tuple[dict, ...], tuple[tuple[str, str, str], ...]]:
-    """Returns the rows and claims of `orderings` where rows of signs go on from one epoch in full precision."""
+    """Returns the rows and claims of `orderings` where rows of signs go on from one epoch in full precision.
+
+    The claims about rows begun from BERT are of rows as wide as MiniLM: none is as narrow as the others.
+    """
     given = EXPERIMENTS["orderings"]
     signs = {name: f"{name}+latent" for name in given if name.startswith(("binary", "ir_net")) and "+" not in name}
     compared = (*COLLAPSE, *(name for name, latent in signs.items() if latent in given))
@@ -222,6 +227,11 @@ def small_orderings() -> tuple[tuple[dict, ...], tuple[tuple[str, str, str], ...
         claim if claim == COLLAPSE or claim[0] in signs.values() else tuple(signs.get(part, part) for part in claim)
         for claim in ORDERINGS["orderings"]
     ]
+    for name in EXPERIMENTS["minilm"]:
+        row = _row(name, EXPERIMENTS["latent"][name], small=True)
+        start = {"model.start": MINILM} if "+bert" in name else {}
+        rows.append(row | dict(name=f"wide {name}", changes=row["changes"] | {"model.sizes": WIDE} | start))
+    claims += [(f"wide {better}", relation, f"wide {worse}") for better, relation, worse in ORDERINGS["minilm"]]
     return tuple(rows), tuple(claims)
 
 
@@ -244,8 +254,8 @@ def get_config(arg: str = "full_precision"):
         config.model.sizes = ConfigDict(SMALL)
     if arg in EXPERIMENTS:
         if arg == "minilm":
-            config.model.start = "all-MiniLM-L6-v2"
-            config.model.sizes = ConfigDict({"hidden_size": 384, "num_heads": 12})
+            config.model.start = MINILM
+            config.model.sizes = ConfigDict(WIDE)
         elif arg == "latent":
             if small:
                 raise UserError("configs/agnews.py: no BERT is as narrow as latent+small; choose minilm+small")

@@ -109,6 +109,13 @@ def test_signs_go_on_from_one_epoch_in_the_small_orderings():
     trials = {trial.name.split("/")[1]: trial for trial in plan(config) if trial.seeds == (1000,)}
     rows = {trial.row.name: trial for trial in trials.values()}
     assert {name for claim in config.sweep.orderings for name in claim[::2]} <= set(rows)
+    # Beside them, rows begun from a pre-trained encoder, as in the sweep that is about these.
+    of_minilm = {trial.row.name: trial for trial in plan(get_config("agnews", "minilm+small"))}
+    assert {f"wide {name}" for name in of_minilm} == {name for name in rows if name.startswith("wide ")}
+    for name, trial in of_minilm.items():
+        found = rows.pop(f"wide {name}").config
+        for part in ("model", "quant", "phases", "recipe"):
+            assert found[part] == trial.config[part]
     signs = [name for name in rows if name.endswith("+latent")]
     assert len(signs) == 6
     first = rows[rows[signs[0]].row.start]
