@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -21,8 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from qtx.errors import UserError, near_misses
 from qtx.experiments.config import unknown_field
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
+from qtx.experiments.heap import keep_freed_memory
 
 
 def _fail(error: object) -> NoReturn:
@@ -75,23 +73,6 @@ def _check_config(argv: Sequence[str], config: str) -> None:
     for name in names:
         if problem := unknown_field(fields, name):
             raise UserError(f"--config.{name}: {problem}")
-
-
-def keep_freed_memory() -> bool:
-    """Tells glibc's malloc to keep what is freed, and returns whether it does; call it before threads start.
-
-    XLA asks for the temporary memory of a program anew at every call. By default such a block is mapped, zeroed page by page
-    and unmapped again: 45,000 page faults in a train step of MiniLM, an eighth of its time. Nothing happens where malloc is
-    another one, or the environment says how it should behave (`MALLOC_ARENA_MAX` and the like).
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    options = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_ARENA_MAX: 1}
-    return all([mallopt(option, value) for option, value in options.items()])
 
 
 def keep_compiled(directory: str | Path) -> None:

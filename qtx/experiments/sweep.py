@@ -28,6 +28,7 @@ from rich.console import Console
 
 from qtx.errors import UserError
 from qtx.experiments.config import field_of, sweeping
+from qtx.experiments.heap import return_freed_memory
 from qtx.experiments.plan import ENTRIES, Outcome, Trial, plan, selected
 from qtx.experiments.run import check_run
 from qtx.experiments.study import Attempt, Claim, Ledger, TakenOver, without_password
@@ -122,13 +123,14 @@ def sweep(
             with ledger.claim(trial) as claim:
                 if claim is None:
                     continue
-                if before is not None and before != trial.labels:
-                    jax.clear_caches()  # another task has other shapes; programs would pile up
-                before = trial.labels
+                if before is not None and before != (trial.labels, trial.row.name):
+                    jax.clear_caches()  # its programs are others; they would pile up
+                before = trial.labels, trial.row.name
                 finished = sum(attempt.state in ("done", "failed") for attempt in attempts.values())
                 with progress(len(chosen), f"trial {trial.name}", start=finished):
                     pass  # one line: the bars of the run itself follow
                 _run(trial, claim, workdir, section, console)
+            return_freed_memory()
             ran += 1
             report()
             break
