@@ -26,8 +26,8 @@ what RTE has.
 Expected of `cola` (Matthews, one seed): full precision 0.26, ternary 0.23, ternarybert 0.24, gradual 0.22, distilled 0.23, in a
 quarter of the steps ternarybert 0.13 and gradual 0.11 (that with the 120 first steps whole, where now they are 30). Of `mrpc`
 (mean of accuracy and F1, one seed, eight minutes a row on a core): full precision 0.81, ternary 0.76, ternarybert, gradual and
-distilled 0.77, the other interventions 0.78, in a quarter of the steps ternarybert 0.75 and gradual 0.76. Of `rte` (accuracy, one seed): full precision 0.61, ternary 0.51,
-ternarybert 0.52, gradual 0.53. The rest was not run.
+distilled 0.77, the other interventions 0.78, in a quarter of the steps ternarybert 0.75 and gradual 0.76. Of `rte`
+(accuracy, one seed): full precision 0.61, ternary 0.51, ternarybert 0.52, gradual 0.53. The rest was not run.
 
 `smoke` needs no trained model: it fine-tunes for nine steps, then trains `ternary` for as many. `smoke+sweep` is a sweep of
 full precision and `gradual`, which begins with its model. They take some minutes of CPU time.
