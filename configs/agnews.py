@@ -252,6 +252,8 @@ def get_config(arg: str = "full_precision"):
         phase.optimizer.update(learning_rate=rate, warmup=0.0, schedule="constant", weight_decay=0.0, max_grad_norm=0.0)
     if small:
         config.model.sizes = ConfigDict(SMALL)
+    else:
+        config.data.buckets = 8  # a tenth fewer tokens than with 4; worth four more programs where an epoch takes minutes
     if arg in EXPERIMENTS:
         if arg == "minilm":
             config.model.start = MINILM

@@ -170,6 +170,15 @@ def train_step(config: ConfigDict, learned: bool) -> Comparison:
     return Comparison(a, b, a_is, b_is, config.rounds, Bar(1.20 if learned else 1.10), memory)
 
 
+def train_narrow(config: ConfigDict) -> Comparison:
+    """The full-precision train step with bfloat16 operands against float32 throughout; no bar: it is the processor's."""
+    setup = _Setup.make(FrozenConfigDict(config))
+    a, a_bytes = setup.step(Phase("benchmark", setup.model.clone(dtype=jnp.bfloat16)), {})
+    b, b_bytes = setup.full_precision_step
+    memory = Memory(a_bytes, b_bytes, "bfloat16", "float32", Bar(1.0)) if a_bytes and b_bytes else None
+    return Comparison(a, b, "bfloat16", "float32", config.rounds, memory=memory)
+
+
 def train_teacher(config: ConfigDict, schedule: str) -> Comparison:
     """The train step of a ternary student with its teacher, published losses, against the student's with labels alone."""
     setup = _Setup.make(FrozenConfigDict(config))
@@ -422,6 +431,7 @@ def decode(config: ConfigDict) -> Comparison:
 COMPARISONS: dict[str, Callable[[ConfigDict], Comparison]] = {
     "train-fixed": lambda config: train_step(config, learned=False),
     "train-learned": lambda config: train_step(config, learned=True),
+    "train-bfloat16": train_narrow,
     "train-distilled": lambda config: train_teacher(config, schedule=""),
     "train-intervened": lambda config: train_teacher(config, schedule="gradual"),
     "forward-plain": forward_plain,

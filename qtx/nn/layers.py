@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qtx.errors import UserError
+from qtx.nn.products import product
 from qtx.nn.sites import site
 from qtx.quant.policy import Policy
 
@@ -93,7 +94,8 @@ class Dense(nn.Module):
       features: output width.
       activation: applied before the output site.
       kernel_init: initializer of the `[in / groups, features]` kernel.
-      dtype: of the arithmetic.
+      dtype: of the operands and the output; below float32, products are summed, and the bias and the activation applied, in
+        float32 (see `qtx.nn.products`).
       policy: see `qtx.nn.sites`.
       groups: must divide both widths.
       bias_init: initializer of the bias, for a number of inputs.
@@ -135,18 +137,16 @@ class Dense(nn.Module):
         bias = self.param("bias", self.bias_init(width // groups), (self.features,), jnp.float32)
         x = site(self, "input", x.astype(self.dtype), kind="input", where=where)
         x = dropout(self, x, self.input_dropout, deterministic)
-        kernel = kernel.astype(self.dtype)
         if groups == 1:
             # One row a token: the gradient of the kernel is then one plain product, on CPU in half the time.
-            y = (x.reshape(-1, width) @ kernel).reshape(*x.shape[:-1], self.features)
+            y = product(x.reshape(-1, width), kernel)
         else:
             blocks = x.reshape(*x.shape[:-1], groups, width // groups)
-            y = jnp.einsum("...gi,igo->...go", blocks, kernel.reshape(width // groups, groups, -1))
-            y = y.reshape(*x.shape[:-1], self.features)
-        y = y + bias.astype(self.dtype)
+            y = jnp.einsum("...gi,igo->...go", blocks, kernel.astype(self.dtype).reshape(width // groups, groups, -1))
+        y = y.reshape(*x.shape[:-1], self.features) + bias
         if self.activation is not None:
             y = self.activation(y)
-        return site(self, "output", y, where=where)
+        return site(self, "output", y.astype(self.dtype), where=where)
 
 
 class Embed(nn.Module):
