@@ -54,7 +54,9 @@ def test_smoke_measures_every_row(tmp_path, capsys):
     printed = capsys.readouterr().out
     found = [row[0] for row in table.rows]
     assert [name for name in found if not name.endswith(" memory")] == list(benchmark.COMPARISONS)
-    assert {f"{name} memory" for name in ("train-fixed", "train-learned", "train-bfloat16", "search-tensor")} <= set(found)
+    assert {f"{name} memory" for name in ("train-fixed", "train-learned", "train-bfloat16", "search-tensor")} <= set(
+        found
+    )
     assert all(f"| {name} " in printed for name in found) and "jax: " in printed
     assert all(row[COLUMNS.index("ratio")] > 0 for row in table.rows if not row[0].endswith(" memory"))
     assert (tmp_path / "benchmark.csv").read_text() == table.csv()

@@ -49,9 +49,7 @@ def test_float32_is_the_plain_product_in_every_derivative():
 
 def test_turning_an_operand_first_changes_nothing():
     x, gradient = jnp.asarray(X, jnp.bfloat16), jnp.asarray(GRADIENT, jnp.bfloat16)
-    np.testing.assert_allclose(
-        jax.jit(_turned_first)(x, gradient), _sums(x, gradient, (0, 0)), rtol=1e-5, atol=1e-4
-    )
+    np.testing.assert_allclose(jax.jit(_turned_first)(x, gradient), _sums(x, gradient, (0, 0)), rtol=1e-5, atol=1e-4)
 
 
 def test_many_products_at_once():
