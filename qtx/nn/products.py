@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -27,14 +29,34 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _narrow(x, kernel)
 
 
-def _sums(x: jax.Array, y: jax.Array, contracting: tuple[int, int]) -> jax.Array:
-    dimensions = (((contracting[0],), (contracting[1],)), ((), ()))
-    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
+def _sums(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Returns the product of two matrices over one axis of each, summed in float32."""
+    return jax.lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _sums_on_cpu(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Returns what `_sums` does, in a form that XLA's library for CPUs has: over the last axis of `x`.
+
+    What it falls back to takes 2.5 times as long. XLA decides early whether the library will have a product, so nothing may
+    happen to it after that: a transposed result would be taken into the product, which then fails as it runs. Hence the
+    barriers. Nor does the library take a transpose by layout alone: hence the third axis.
+    """
+    if axes[0] == 0:
+        turned = jax.lax.optimization_barrier(x.T.reshape(x.shape[1], x.shape[0], 1))
+        x, axes = turned.reshape(x.shape[1], x.shape[0]), (1, axes[1])
+    x, y = jax.lax.optimization_barrier((x, y))
+    return jax.lax.optimization_barrier(_sums(x, y, axes))
+
+
+def _narrow_sums(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    return jax.lax.platform_dependent(
+        x, y, cpu=functools.partial(_sums_on_cpu, axes=axes), default=functools.partial(_sums, axes=axes)
+    )
 
 
 @jax.custom_vjp
 def _narrow(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _sums(x, kernel.astype(x.dtype), (1, 0))
+    return _narrow_sums(x, kernel.astype(x.dtype), (1, 0))
 
 
 def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -44,20 +66,9 @@ def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 def _backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     gradient = gradient.astype(x.dtype)
-    of_x = _sums(gradient, kernel.astype(x.dtype), (1, 1)).astype(x.dtype)
-    of_kernel = jax.lax.platform_dependent(x, gradient, cpu=_turned_first, default=lambda x, g: _sums(x, g, (0, 0)))
-    return of_x, of_kernel.astype(kernel.dtype)
+    of_x = _narrow_sums(gradient, kernel.astype(x.dtype), (1, 1))
+    of_kernel = _narrow_sums(x, gradient, (0, 0))
+    return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
 
 
 _narrow.defvjp(_forward, _backward)
-
-
-def _turned_first(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Returns `x^T gradient`, `[in, out]`, where `x` is turned before and not within the product.
-
-    XLA's library for CPUs has no product over the first axes of both, and what it falls back to takes 2.5 times as long. Nor
-    does it take an operand that is a transpose by its layout alone: hence the third axis, and the barrier, which keeps XLA
-    from taking all of this away again.
-    """
-    turned = jax.lax.optimization_barrier(x.T.reshape(x.shape[1], x.shape[0], 1))
-    return _sums(turned.reshape(x.shape[1], x.shape[0]), gradient, (1, 0))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qtx.nn.layers import Dense
-from qtx.nn.products import _sums, _turned_first, product
+from qtx.nn.products import _sums, _sums_on_cpu, product
 
 RNG = np.random.default_rng(3)
 X, KERNEL, GRADIENT = (RNG.standard_normal(shape).astype(np.float32) for shape in ((300, 17), (17, 9), (300, 9)))
@@ -47,9 +47,45 @@ def test_float32_is_the_plain_product_in_every_derivative():
     np.testing.assert_allclose(hessian, X.T @ X, rtol=1e-4, atol=1e-3)
 
 
-def test_turning_an_operand_first_changes_nothing():
-    x, gradient = jnp.asarray(X, jnp.bfloat16), jnp.asarray(GRADIENT, jnp.bfloat16)
-    np.testing.assert_allclose(jax.jit(_turned_first)(x, gradient), _sums(x, gradient, (0, 0)), rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("axes", [(1, 0), (1, 1), (0, 0)])
+def test_the_form_for_cpus_changes_nothing(axes):
+    x = jnp.asarray(X if axes[0] else X.T, jnp.bfloat16)
+    y = jnp.asarray(KERNEL.T if axes == (1, 1) else KERNEL, jnp.bfloat16)
+    found = jax.jit(_sums_on_cpu, static_argnums=2)(x, y, axes)
+    np.testing.assert_allclose(found, _sums(x, y, axes), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shape", [(96, 64, 32), (920, 16, 300), (1, 16, 8), (64, 1, 8), (64, 16, 1), (1, 1, 1), (0, 4, 3)]
+)
+@pytest.mark.parametrize("turned", ["", "x", "kernel", "result", "x kernel result"])
+def test_transposes_around_a_product(shape, turned):
+    """XLA takes transposes into a product, and has no program for some of the products that this gives."""
+    rows, inputs, outputs = shape
+    x = jnp.asarray(RNG.standard_normal((inputs, rows) if "x" in turned else (rows, inputs)), jnp.bfloat16)
+    kernel = jnp.asarray(
+        RNG.standard_normal((outputs, inputs) if "kernel" in turned else (inputs, outputs)), jnp.float32
+    )
+
+    @jax.jit
+    def run(x, kernel):
+        def result(x, kernel):
+            found = product(x.T if "x" in turned else x, kernel.T if "kernel" in turned else kernel)
+            return found.T if "result" in turned else found
+
+        value, backward = jax.vjp(result, x, kernel)
+        return value, *backward(jnp.cos(value))
+
+    wide = np.asarray(x, np.float64), rounded(kernel, jnp.bfloat16)
+    a, b = (value.T if name in turned else value for name, value in zip(("x", "kernel"), wide, strict=True))
+    value, of_x, of_kernel = (np.asarray(found, np.float64) for found in run(x, kernel))
+    value = value.T if "result" in turned else value
+    of_x = of_x.T if "x" in turned else of_x
+    of_kernel = of_kernel.T if "kernel" in turned else of_kernel
+    np.testing.assert_allclose(value, a @ b, rtol=1e-4, atol=1e-4)
+    gradient = rounded(np.cos(value), jnp.bfloat16)
+    np.testing.assert_allclose(of_x, gradient @ b.T, rtol=2.0**-7, atol=0.05)
+    np.testing.assert_allclose(of_kernel, a.T @ gradient, rtol=2.0**-7, atol=0.05)
 
 
 def test_many_products_at_once():
