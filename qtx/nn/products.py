@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,10 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Returns `x kernel`, of operands in the type of `x` and with sums of float32 at least.
 
     Where `x` is narrower than float32, both operands are rounded to its type, and their products are summed and returned in
-    float32. So it is in the gradients: that of the result is rounded like an operand, and that of the kernel is float32, as a
-    float32 parameter wants it. This is mixed precision as in Micikevicius et al. 2018 (section 3.3,
-    https://arxiv.org/abs/1710.03740). It has a gradient and no forward-mode derivative; in float32 it is a plain product, which
-    has both.
+    float32; accelerators round the result to the type of `x` on the way, so that half as much goes through their memory. In
+    the gradients that of the result is rounded like an operand, and that of the kernel is float32, as a float32 parameter wants
+    it. This is mixed precision as in Micikevicius et al. 2018 (section 3.3, https://arxiv.org/abs/1710.03740). It has a
+    gradient and no forward-mode derivative; in float32 it is a plain product, which has both.
 
     Args:
       x: `[N, in]`.
@@ -29,9 +30,9 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _narrow(x, kernel)
 
 
-def _sums(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+def _sums(x: jax.Array, y: jax.Array, axes: tuple[int, int], result: jnp.dtype = jnp.float32) -> jax.Array:
     """Returns the product of two matrices over one axis of each, summed in float32."""
-    return jax.lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=result)
 
 
 def _sums_on_cpu(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
@@ -48,15 +49,19 @@ def _sums_on_cpu(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array
     return jax.lax.optimization_barrier(_sums(x, y, axes))
 
 
-def _narrow_sums(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    return jax.lax.platform_dependent(
-        x, y, cpu=functools.partial(_sums_on_cpu, axes=axes), default=functools.partial(_sums, axes=axes)
-    )
+def _rounded(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Returns what `_sums` does, rounded to the type of `x`; by the product itself, as XLA drops a cast and its reverse."""
+    return _sums(x, y, axes, x.dtype).astype(jnp.float32)
+
+
+def _by_platform(x: jax.Array, y: jax.Array, axes: tuple[int, int], elsewhere: Callable[..., jax.Array]) -> jax.Array:
+    on_cpu = functools.partial(_sums_on_cpu, axes=axes)
+    return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=functools.partial(elsewhere, axes=axes))
 
 
 @jax.custom_vjp
 def _narrow(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _narrow_sums(x, kernel.astype(x.dtype), (1, 0))
+    return _by_platform(x, kernel.astype(x.dtype), (1, 0), _rounded)
 
 
 def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -66,8 +71,8 @@ def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 def _backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     gradient = gradient.astype(x.dtype)
-    of_x = _narrow_sums(gradient, kernel.astype(x.dtype), (1, 1))
-    of_kernel = _narrow_sums(x, gradient, (0, 0))
+    of_x = _by_platform(gradient, kernel.astype(x.dtype), (1, 1), _rounded)
+    of_kernel = _by_platform(x, gradient, (0, 0), _sums)
     return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
 
 

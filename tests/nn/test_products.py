@@ -1,5 +1,7 @@
 """Products of narrow operands with wide sums, against float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,15 @@ def test_operands_are_rounded_and_sums_are_not(dtype):
     for found, a, b in ((value, x, kernel), (of_kernel, x.T, gradient)):
         assert np.all(np.abs(found - a @ b) <= 6e-8 * a.shape[1] * (np.abs(a) @ np.abs(b)))
     np.testing.assert_allclose(np.asarray(of_x, np.float64), gradient @ kernel.T, rtol=jnp.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_get_plain_products(platform):
+    lowered = jax.jit(derivatives).trace(jnp.asarray(X, jnp.bfloat16), KERNEL).lower(lowering_platforms=(platform,))
+    text = lowered.as_text()
+    results = re.findall(r"dot_general .*-> tensor<\w+x(\w+)>", text)
+    assert sorted(results) == ["bf16", "bf16", "f32"]  # of the product, of the gradient of x, of that of the kernel
+    assert "optimization_barrier" not in text
 
 
 def test_gradient_of_the_kernel_is_finer_than_its_operands():
