@@ -36,9 +36,9 @@ test data have no say in it. On two CPU cores an epoch of the 28,553 rows of a p
 (AMD EPYC of 2024; 72 s with `--config.model.dtype=bfloat16`; five minutes on an older Xeon).
 
 Expected test accuracy of `full_precision`: 0.899 (seed 1000), that of the second epoch; from then on it learns its training
-data by heart. Of `minilm+small` (one seed, some 25 minutes a row on one core): 8 bits everywhere 0.892 from nothing, 0.885
-pre-trained, 0.883 with the first epoch in full precision, too; binary but for the last layer 0.26, 0.45 pre-trained, 0.87 with
-that epoch instead.
+data by heart. Of `minilm+small` (median of three seeds, 8 to 27 minutes a row on one core): 8 bits everywhere 0.892 from
+nothing, 0.880 pre-trained, 0.877 with the first epoch in full precision, too; binary but for the last layer 0.26, 0.45
+pre-trained, 0.87 with that epoch instead.
 """
 
 from ml_collections import ConfigDict
