@@ -95,7 +95,7 @@ class Dense(nn.Module):
       activation: applied before the output site.
       kernel_init: initializer of the `[in / groups, features]` kernel.
       dtype: of the operands and the output; below float32, products are summed, and the bias and the activation applied, in
-        float32 (see `qtx.nn.products`).
+        float32 (see `qtx.nn.products`; sums of `groups` are rounded to `dtype` first).
       policy: see `qtx.nn.sites`.
       groups: must divide both widths.
       bias_init: initializer of the bias, for a number of inputs.
